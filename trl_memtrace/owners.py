@@ -1,0 +1,210 @@
+"""Who owns which storage: the parameters and buffers of a model, their gradients, the state of its optimizer, its
+batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .attribution import ROOT_MODULE, Owner
+from .categories import Category, role
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "config"}
+_PLAIN_TYPES = (str, bytes, int, float, complex, bool, type(None), nn.Module, torch.dtype, torch.device)
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+_MAX_DEPTH = 4
+
+Row = tuple[int, int, int, int]
+"""time_ns, address, size, owner: a row of ``attribution.Claims``."""
+
+
+def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with storages of their own that a tensor is made of: itself, or the parts of a wrapper subclass
+    (DTensor, torchao) or of a sparse tensor."""
+    if type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided:
+        yield tensor
+    elif is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from dense_parts(getattr(tensor, name))
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor
+
+
+def tensors_in(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:
+    """Every tensor inside nested containers, dataclasses and bitsandbytes' state objects."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth == 0 or isinstance(value, (*_PLAIN_TYPES, type)):
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif dataclasses.is_dataclass(value) or type(value).__module__.partition(".")[0] == "bitsandbytes":
+        for item in vars(value).values() if hasattr(value, "__dict__") else ():
+            yield from tensors_in(item, depth - 1)
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside wrappers such as accelerate's."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class Owners:
+    """Finds the storages of one model and its optimizer on one kind of device.
+
+    It is made anew for every traced step, since a model may change between steps, and dropped at its end, since it
+    holds references to parameters.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, device_type: str) -> None:
+        self.owners: list[Owner] = []
+        self._device_type = device_type
+        self._numbers: dict[Owner, int] = {}
+        self._optimizer = inner_optimizer(optimizer)
+        self._parameters: list[tuple[nn.Parameter, str, str]] = []  # with module name and kind
+        self._extras: list[tuple[torch.Tensor, int]] = []
+        self._module_of: dict[int, str] = {}
+        self._walk(model)
+
+    def weights(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        """Parameters, buffers, and what quantization keeps beside them."""
+        for parameter, module, kind in self._parameters:
+            number = self._number(Category.WEIGHTS, kind, module)
+            yield from self._rows(time_ns, parameter, number)
+        for tensor, number in self._extras:
+            yield from self._rows(time_ns, tensor, number)
+
+    def gradients(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        """The ``.grad`` of every parameter that has one."""
+        for parameter, module, kind in self._parameters:
+            gradient = parameter.grad if parameter.requires_grad or parameter.is_leaf else None
+            if gradient is not None:
+                yield from self._rows(time_ns, gradient, self._number(Category.GRADIENTS, kind, module))
+
+    def optimizer_states(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        """What ``optimizer.state`` holds, by the name of each state, and tensors among the hyperparameters."""
+        state = getattr(self._optimizer, "state", None)
+        if isinstance(state, Mapping):
+            for parameter, entries in state.items():
+                module = self._module_of.get(id(parameter), ROOT_MODULE)
+                for name, value in entries.items() if isinstance(entries, Mapping) else (("state", entries),):
+                    number = self._number(Category.OPTIMIZER_STATES, str(name), module)
+                    for tensor in tensors_in(value):
+                        yield from self._rows(time_ns, tensor, number)
+        for group in getattr(self._optimizer, "param_groups", ()):
+            number = self._number(Category.OPTIMIZER_STATES, "hyperparameters", ROOT_MODULE)
+            for name, value in group.items():
+                if name != "params":
+                    for tensor in tensors_in(value):
+                        yield from self._rows(time_ns, tensor, number)
+
+    def inputs(self, time_ns: int, batch: Any) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        """The tensors that the model is called with."""
+        number = self._number(Category.INPUTS, "batch", ROOT_MODULE)
+        for tensor in tensors_in(batch):
+            yield from self._rows(time_ns, tensor, number)
+
+    def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        for part in dense_parts(tensor):
+            if part.device.type == self._device_type:
+                storage = part.untyped_storage()
+                size = storage.nbytes()
+                if size:
+                    yield (time_ns, storage.data_ptr(), size, number), storage
+
+    def _number(self, category: Category, detail: str, module: str) -> int:
+        owner = Owner(category, role(category, detail), module)
+        number = self._numbers.get(owner)
+        if number is None:
+            number = self._numbers[owner] = len(self.owners)
+            self.owners.append(owner)
+        return number
+
+    def _walk(self, model: nn.Module) -> None:
+        adapters: set[str] = set()
+        for name, module in model.named_modules():
+            parent = name.rpartition(".")[0]
+            adapter = name in adapters or parent in adapters or name.split(".", 1)[0] == "prompt_encoder"
+            if adapter:
+                adapters.add(name)
+            # PEFT's tuner layers say themselves which of their attributes are the adapter's.
+            for attribute in getattr(module, "adapter_layer_names", ()):
+                adapters.add(f"{name}.{attribute}" if name else attribute)
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in self._module_of:
+                    self._module_of[id(parameter)] = name
+                    kind = "adapter" if adapter else "trainable" if parameter.requires_grad else "frozen"
+                    self._parameters.append((parameter, name, kind))
+                    self._add_extras(name, "quant_state", vars(parameter))
+            self._add_extras(name, "buffer", module._buffers)
+            own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
+            quantized = type(module).__module__.startswith("bitsandbytes")
+            self._add_extras(name, "quant_state" if quantized else "buffer", own)
+
+    def _add_extras(self, module: str, kind: str, values: Mapping[str, Any]) -> None:
+        for value in values.values():
+            if not isinstance(value, _PLAIN_TYPES):
+                for tensor in tensors_in(value):
+                    if not tensor.requires_grad:
+                        self._extras.append((tensor, self._number(Category.WEIGHTS, kind, module)))
+
+
+def activation_role(name: str, module: nn.Module, is_head: bool) -> str:
+    """What the activations of a module are, by its class and its place: attention, mlp, norm, embedding, logits or
+    other."""
+    kind = type(module).__name__.lower()
+    if is_head:
+        return "logits"
+    if "norm" in kind:
+        return "norm"
+    if "attention" in kind or "attn" in kind:
+        return "attention"
+    if "mlp" in kind or "feedforward" in kind or "expert" in kind or "moe" in kind or "router" in kind:
+        return "mlp"
+    if "embedding" in kind:
+        return "embedding"
+    return "other"
+
+
+def activation_roles(model: nn.Module) -> dict[str, str]:
+    """For every module of a model, by name, the role of its activations; a module says the same as the one it is part
+    of, unless it is a norm or the head."""
+    head = _output_head(model)
+    roles: dict[str, str] = {}
+    for name, module in model.named_modules():
+        holds_head = head is not None and any(child is head for child in module.children())
+        own = activation_role(name, module, is_head=module is head or holds_head)
+        inherited = roles.get(name.rpartition(".")[0], "other") if name else "other"
+        inherited = "other" if inherited == "logits" and module is not head else inherited
+        roles[name] = inherited if inherited not in ("other", "logits") and own not in ("norm", "logits") else own
+    return roles
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    for owner in (model, getattr(model, "base_model", None)):
+        get = getattr(owner, "get_output_embeddings", None)
+        if callable(get):
+            try:
+                head = get()
+            except (AttributeError, NotImplementedError):
+                continue
+            if isinstance(head, nn.Module):
+                return head
+    return None

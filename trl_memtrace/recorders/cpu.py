@@ -1,0 +1,225 @@
+"""CPU memory, as PyTorch's own profiler sees it, with every operator left out.
+
+With ``profile_memory`` on and only ``USER_SCOPE`` recorded, the profiler notes each allocation and free of the CPU
+allocator and nothing else. It cannot say what was alive before it started, and is silent when that is freed; both come
+from the owners: their storages are the baseline, and a weak reference tells when one of them goes.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler, _profiler_enabled
+from torch._C._profiler import (
+    ProfilerActivity,
+    ProfilerConfig,
+    ProfilerState,
+    RecordScope,
+    _ExperimentalConfig,
+    _ExtraFields_Allocation,
+)
+from torch.autograd import profiler as _torch_profiler
+
+from ..ledger import Events
+from . import Recorder, RecorderBusyError, Recording
+
+_KINETO_LOG_LEVEL = "KINETO_LOG_LEVEL"
+_SILENT = "6"  # Kineto prints "USDT: profiler_start" and "profiler_stop" at level 5 for every recording
+_CPU_DEVICE = torch.device("cpu")
+
+
+class _ForeignProfilers:
+    """Knows whether somebody else's ``torch.profiler`` is at work, and makes ours give way before theirs starts.
+
+    Only one profiler can run on a thread, and one that is started while ours runs would fail. So while any recorder
+    exists, the three functions by which ``torch.autograd.profiler`` drives the profiler are wrapped.
+    """
+
+    _NAMES = ("_prepare_profiler", "_enable_profiler", "_disable_profiler")
+
+    def __init__(self) -> None:
+        self._users: weakref.WeakSet[CpuRecorder] = weakref.WeakSet()
+        self._originals: dict[str, Callable[..., Any]] = {}
+        self.active = False
+
+    def add(self, recorder: CpuRecorder) -> None:
+        if not self._originals and all(hasattr(_torch_profiler, name) for name in self._NAMES):
+            self.active = _profiler_enabled() or _warming_up()
+            for name in self._NAMES:
+                self._originals[name] = getattr(_torch_profiler, name)
+                setattr(_torch_profiler, name, self._wrap(name, self._originals[name]))
+        self._users.add(recorder)
+
+    def remove(self, recorder: CpuRecorder) -> None:
+        self._users.discard(recorder)
+        if not self._users:
+            for name, original in self._originals.items():
+                if getattr(getattr(_torch_profiler, name), "_memtrace", None) is self:
+                    setattr(_torch_profiler, name, original)
+            self._originals.clear()
+
+    def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            starting = name != "_disable_profiler"
+            if starting:
+                for recorder in list(self._users):
+                    recorder.give_way()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.active = starting
+
+        call._memtrace = self  # type: ignore[attr-defined]
+        return call
+
+
+_foreign_profilers = _ForeignProfilers()
+
+
+def _warming_up() -> bool:
+    """Whether a scheduled torch.profiler has been prepared and not yet enabled; nothing but the object itself shows
+    it."""
+    from torch.profiler import ProfilerAction, profile
+
+    return any(
+        profiler.current_action is ProfilerAction.WARMUP and getattr(profiler, "profiler", None) is not None
+        for profiler in gc.get_objects()
+        if type(profiler) is profile
+    )
+
+
+class CpuRecorder(Recorder):
+    """Records the calling thread's CPU allocations.
+
+    Known limits: memory that a thread pool's worker allocates for itself is not seen; what was alive before the
+    recording is known only as far as ``watch`` and the owners tell.
+    """
+
+    device_type = "cpu"
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+        self._given_way = False
+        self._watches: list[Any] = []
+        self._ended: list[tuple[int, int]] = []  # time_ns, address
+        _foreign_profilers.add(self)
+
+    clock = staticmethod(time.time_ns)
+
+    def close(self) -> None:
+        """Let go of everything for good."""
+        self.abandon()
+        _foreign_profilers.remove(self)
+
+    def start(self) -> None:
+        if _foreign_profilers.active or _profiler_enabled():
+            raise RecorderBusyError("another torch.profiler is running")
+        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+        activities = {ProfilerActivity.CPU}
+        chosen = os.environ.get(_KINETO_LOG_LEVEL)
+        if chosen is None:  # Kineto reads it once, when it is first prepared
+            os.environ[_KINETO_LOG_LEVEL] = _SILENT
+        try:
+            _prepare_profiler(config, activities)
+        finally:
+            if chosen is None:
+                del os.environ[_KINETO_LOG_LEVEL]
+        self._given_way = False
+        self._thread = threading.get_ident()
+        _enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+
+    def watch(self, storages: Iterable[Any]) -> None:
+        for storage in storages:
+            self._watches.append(weakref.ref(storage, functools.partial(self._note_end, storage.data_ptr())))
+
+    def stop(self) -> Recording | None:
+        if not self._running():
+            self.abandon()
+            return None
+        self._thread = None
+        result = _disable_profiler()
+        collecting = gc.isenabled()
+        gc.disable()  # thousands of small tuples in one go would only set it off
+        try:
+            rows = _allocations(result.experimental_event_tree())
+        finally:
+            if collecting:
+                gc.enable()
+        ended, self._ended, self._watches = self._ended, [], []
+        return _recording(rows, ended)
+
+    def abandon(self) -> None:
+        if self._running():
+            _disable_profiler()
+        self._thread = None
+        self._watches, self._ended = [], []
+
+    def give_way(self) -> None:
+        """Stop at once, since somebody else's profiler is about to start on this thread."""
+        if self._running():
+            self.abandon()
+            self._given_way = True
+
+    def _note_end(self, address: int, _: Any) -> None:
+        self._ended.append((self.clock(), address))
+
+    def _running(self) -> bool:
+        return self._thread == threading.get_ident() and not self._given_way
+
+
+def _allocations(tree: Iterable[Any]) -> list[tuple[int, int, int, int]]:
+    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree."""
+    rows: list[tuple[int, int, int, int]] = []
+    pending = [tree]
+    while pending:
+        for event in pending.pop():
+            fields = event.extra_fields
+            if type(fields) is _ExtraFields_Allocation:
+                if fields.alloc_size and fields.device == _CPU_DEVICE:
+                    rows.append((event.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated))
+            else:
+                pending.append(event.children)
+    return rows
+
+
+def _recording(rows: list[tuple[int, int, int, int]], ended: list[tuple[int, int]]) -> Recording:
+    table = np.array(rows, np.int64).reshape(-1, 4)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    time_ns, address, size, total = table.T
+    reported = size.copy()
+    reported[1:] = np.diff(total)
+    place, silent = _unreported(address, size, time_ns, ended)
+    events = Events.of(
+        np.insert(time_ns, place, [when for when, _ in silent]),
+        np.insert(address, place, [where for _, where in silent]),
+        np.insert(size, place, [-1] * len(silent)),
+    )
+    return Recording(events, np.insert(reported, place, 0))
+
+
+def _unreported(
+    address: Any, size: Any, time_ns: Any, ended: list[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where to put the frees that the profiler kept quiet about: those of storages older than the recording."""
+    first_event: dict[int, int] = {}
+    for place in range(len(address) - 1, -1, -1):
+        first_event[int(address[place])] = place
+    frees: dict[int, tuple[int, int, int]] = {}
+    for when, where in sorted(ended):
+        first = first_event.get(where, len(address))
+        if where in frees or (first < len(address) and size[first] < 0):
+            continue
+        place = min(int(np.searchsorted(time_ns, when)), first)
+        frees[where] = (place, min(when, int(time_ns[place])) if place < len(time_ns) else when, where)
+    ordered = sorted(frees.values())
+    return [place for place, _, _ in ordered], [(when, where) for _, when, where in ordered]

@@ -1,0 +1,401 @@
+"""The record of a run: what recorders make and reporters read. JSON lines, integers of bytes, no torch.
+
+docs/record.md describes the schema. A record is read back whatever ended the run: a torn last line is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .categories import CATEGORIES, Category, Phase
+from .errors import RecordError
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA = 1
+Categories = Mapping[str, "int | None"]
+"""Bytes by category. Every category is always there; all are None where nothing was traced."""
+
+UNTRACED: Categories = {category.value: None for category in CATEGORIES}
+
+
+def category_table(sizes: Mapping[Category, int]) -> dict[str, int]:
+    """Every category with its bytes, 0 where it holds nothing."""
+    return {category.value: sizes.get(category, 0) for category in CATEGORIES}
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRecord:
+    """One phase of a step: the highest level in it, the level at its end, and what was alive at both."""
+
+    peak_bytes: int
+    end_bytes: int
+    at_peak: Categories
+    at_end: Categories
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "peak_bytes": self.peak_bytes,
+            "end_bytes": self.end_bytes,
+            "at_peak": dict(self.at_peak),
+            "at_end": dict(self.at_end),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PhaseRecord:
+        return cls(data["peak_bytes"], data["end_bytes"], data["at_peak"], data["at_end"])
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The instant at which a step held most.
+
+    Attributes:
+        phase: where in the step it was; None in a step that was only counted.
+        bytes: what the categories add up to; None where nothing was counted.
+        allocator_bytes: what the allocator itself says.
+        categories: bytes by category.
+        roles: bytes by refined category, such as ``weights/frozen``; they add up to ``bytes`` too.
+        modules: bytes by module and category, the smallest modules folded into their parents; ``""`` is what belongs
+            to none.
+        step: the step it was in, in a summary.
+    """
+
+    phase: Phase | None = None
+    bytes: int | None = None
+    allocator_bytes: int | None = None
+    categories: Categories = field(default_factory=lambda: UNTRACED)
+    roles: Mapping[str, int] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data = {
+            "phase": self.phase.value if self.phase else None,
+            "bytes": self.bytes,
+            "allocator_bytes": self.allocator_bytes,
+            "categories": dict(self.categories),
+            "roles": dict(self.roles),
+            "modules": {name: dict(row) for name, row in self.modules.items()},
+        }
+        return data if self.step is None else {**data, "step": self.step}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Peak:
+        phase = data.get("phase")
+        return cls(
+            phase=Phase(phase) if phase else None,
+            bytes=data["bytes"],
+            allocator_bytes=data["allocator_bytes"],
+            categories=data["categories"],
+            roles=data.get("roles", {}),
+            modules=data.get("modules", {}),
+            step=data.get("step"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training step.
+
+    Attributes:
+        step: its number, as the trainer counts (the first is 1).
+        traced: whether its books were kept in full.
+        phases: by phase name; empty in a step that was only counted.
+        peak: the instant at which it held most.
+        reserved_bytes: what the caching allocator had reserved at most; None where there is none.
+        seconds: how long the step took, tracing included.
+        tracing_seconds: how much of that MemTrace spent outside the step's own work.
+    """
+
+    step: int
+    traced: bool
+    phases: Mapping[str, PhaseRecord]
+    peak: Peak
+    reserved_bytes: int | None
+    seconds: float
+    tracing_seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "record": "step",
+            "step": self.step,
+            "traced": self.traced,
+            "phases": {name: phase.to_json() for name, phase in self.phases.items()},
+            "peak": self.peak.to_json(),
+            "reserved_bytes": self.reserved_bytes,
+            "seconds": round(self.seconds, 6),
+            "tracing_seconds": round(self.tracing_seconds, 6),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepRecord:
+        return cls(
+            step=data["step"],
+            traced=data["traced"],
+            phases={name: PhaseRecord.from_json(phase) for name, phase in data["phases"].items()},
+            peak=Peak.from_json(data["peak"]),
+            reserved_bytes=data["reserved_bytes"],
+            seconds=data["seconds"],
+            tracing_seconds=data.get("tracing_seconds", 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunHeader:
+    """What ran, on what, with which versions and settings."""
+
+    source: str = "run"
+    device: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "record": "run",
+            "schema": SCHEMA,
+            "source": self.source,
+            "device": dict(self.device),
+            "versions": dict(self.versions),
+            "model": dict(self.model),
+            "trainer": dict(self.trainer),
+            "args": dict(self.args),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunHeader:
+        keys = ("device", "versions", "model", "trainer", "args")
+        return cls(data.get("source", "run"), *(data.get(key, {}) for key in keys))
+
+
+@dataclass(slots=True)
+class Summary:
+    """A whole run, built up step by step, in bounded memory.
+
+    Attributes:
+        header: what ran.
+        steps: how many steps were seen.
+        traced_steps: of how many the books were kept in full.
+        worst: the step that held most, of those traced; of those counted when none was.
+        worst_phases: of every phase its worst record.
+        last: the last traced step.
+    """
+
+    header: RunHeader = field(default_factory=RunHeader)
+    steps: int = 0
+    traced_steps: int = 0
+    seconds: float = 0.0
+    tracing_seconds: float = 0.0
+    worst: StepRecord | None = None
+    worst_phases: dict[str, PhaseRecord] = field(default_factory=dict)
+    last: StepRecord | None = None
+    reserved_peak_bytes: int | None = None
+    reserved_end_bytes: int | None = None
+    allocated_peak_bytes: int | None = None
+
+    def add(self, record: StepRecord) -> None:
+        """Take one more step into account."""
+        self.steps += 1
+        self.traced_steps += record.traced
+        self.seconds += record.seconds
+        self.tracing_seconds += record.tracing_seconds
+        self.reserved_end_bytes = record.reserved_bytes
+        self.reserved_peak_bytes = _largest(self.reserved_peak_bytes, record.reserved_bytes)
+        self.allocated_peak_bytes = _largest(self.allocated_peak_bytes, record.peak.allocator_bytes)
+        if self.worst is None or _rank(record) > _rank(self.worst):
+            self.worst = record
+        if record.traced:
+            self.last = record
+        for name, phase in record.phases.items():
+            if name not in self.worst_phases or phase.peak_bytes > self.worst_phases[name].peak_bytes:
+                self.worst_phases[name] = phase
+
+    @property
+    def peak(self) -> Peak:
+        """The run's peak, with the step it was in."""
+        if self.worst is None:
+            return Peak()
+        peak = self.worst.peak
+        return Peak(
+            peak.phase, peak.bytes, peak.allocator_bytes, peak.categories, peak.roles, peak.modules, self.worst.step
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        end = list(self.last.phases.values())[-1] if self.last and self.last.phases else None
+        return {
+            "record": "summary",
+            "schema": SCHEMA,
+            "source": self.header.source,
+            "steps": self.steps,
+            "traced_steps": self.traced_steps,
+            "peak": self.peak.to_json(),
+            "phases": {name: phase.to_json() for name, phase in self.worst_phases.items()},
+            "end": {
+                "bytes": end.end_bytes if end else None,
+                "categories": dict(end.at_end if end else UNTRACED),
+            },
+            "allocated_peak_bytes": self.allocated_peak_bytes,
+            "reserved_peak_bytes": self.reserved_peak_bytes,
+            "reserved_end_bytes": self.reserved_end_bytes,
+            "context_bytes": None,
+            "process_peak_bytes": None,
+            "device": dict(self.header.device),
+            "fits": None,
+            "unattributed_bytes": self.peak.categories[Category.UNATTRIBUTED],
+            "seconds": round(self.seconds, 6),
+            "tracing_seconds": round(self.tracing_seconds, 6),
+        }
+
+
+def _largest(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else max(a, b)
+
+
+def _rank(record: StepRecord) -> tuple[bool, int]:
+    return record.traced, record.peak.bytes or 0
+
+
+@dataclass(slots=True)
+class RunTrace:
+    """The record of one process of one run.
+
+    Iterating gives the steps in order. ``RunTrace.load`` reads it back from a folder or a file.
+    """
+
+    header: RunHeader = field(default_factory=RunHeader)
+    steps: list[StepRecord] = field(default_factory=list)
+    rank: int = 0
+    damaged_lines: int = 0
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def peak(self) -> Peak:
+        """The instant at which the run held most, of those traced."""
+        return self.summary.peak
+
+    @property
+    def summary(self) -> Summary:
+        """The whole run in one."""
+        summary = Summary(self.header)
+        for step in self.steps:
+            summary.add(step)
+        return summary
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row a step: ``step, traced, seconds, reserved_bytes, peak_bytes, peak_phase``, one column a category at
+        the peak (``peak_weights``, ...) and one a phase (``forward_peak_bytes``, ...), in bytes.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame([_flat(step) for step in self.steps])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], rank: int = 0) -> RunTrace:
+        """Read a record back.
+
+        Args:
+            path: a record file, or the folder that holds one per rank (``<output_dir>/memtrace``).
+            rank: which process's, when ``path`` is a folder.
+
+        Raises:
+            RecordError: there is no record, it is of a newer schema, or it is something else altogether.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = next(
+                (
+                    place
+                    for place in (file / record_name(rank), file / "memtrace" / record_name(rank))
+                    if place.is_file()
+                ),
+                file,
+            )
+        if not file.is_file():
+            raise RecordError(
+                f"no record at {path}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace) or one of its files"
+            )
+        try:
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                run = cls.from_lines(lines)
+        except OSError as problem:
+            raise RecordError(f"cannot read {file}: {problem.strerror or problem}") from problem
+        except RecordError as problem:
+            raise RecordError(f"{file}: {problem}") from None
+        run.rank = rank
+        return run
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[str]) -> RunTrace:
+        """A record from its lines. Lines that are not whole are counted and passed over; a run that was resumed has
+        several headers, the last of which counts, as does the last record of a step.
+
+        Raises:
+            RecordError: no run record is there, or it is of a newer schema.
+        """
+        run, seen_header = cls(), False
+        steps: dict[int, StepRecord] = {}
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                data = json.loads(line)
+                kind = data["record"]
+                if kind == "run":
+                    _check_schema(data)
+                    run.header, seen_header = RunHeader.from_json(data), True
+                elif kind == "step":
+                    step = StepRecord.from_json(data)
+                    steps.pop(step.step, None)
+                    steps[step.step] = step
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                run.damaged_lines += 1
+        if not seen_header:
+            raise RecordError("this is not a MemTrace record: it holds no line of a run")
+        run.steps = [steps[number] for number in sorted(steps)]
+        return run
+
+
+def _check_schema(data: Mapping[str, Any]) -> None:
+    schema = data.get("schema")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise RecordError(f"schema {schema!r} is newer than this trl_memtrace reads ({SCHEMA}); upgrade trl_memtrace")
+
+
+def _flat(step: StepRecord) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": step.step,
+        "traced": step.traced,
+        "seconds": step.seconds,
+        "reserved_bytes": step.reserved_bytes,
+        "peak_bytes": step.peak.bytes,
+        "peak_phase": step.peak.phase.value if step.peak.phase else None,
+    }
+    row.update({f"peak_{name}": size for name, size in step.peak.categories.items()})
+    row.update({f"{name}_peak_bytes": phase.peak_bytes for name, phase in step.phases.items()})
+    return row
+
+
+def record_name(rank: int) -> str:
+    """The file that a process writes: ``rank-00000.jsonl``."""
+    return f"rank-{rank:05d}.jsonl"
+
+
+def dump_line(data: Mapping[str, Any]) -> str:
+    """One record as one line."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str) + "\n"

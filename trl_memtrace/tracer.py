@@ -1,0 +1,436 @@
+"""MemoryTracer: recorder, owners, phases and ledger brought together for one model and its optimizer, step by step."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .attribution import Books, Claims, Span, attribute, find_claimed, fold_modules
+from .categories import PHASES, Category, Phase
+from .errors import MemtraceWarning
+from .ledger import Int64Array, Ledger
+from .owners import Owners, Row, activation_roles, tensors_in
+from .phases import COMPILED_CHILD, PhaseWatch
+from .recorders import Recorder, RecorderBusyError, Recording
+from .records import Peak, PhaseRecord, RunHeader, RunTrace, StepRecord, Summary, category_table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+MAX_MODULES = 64
+"""How many modules a step's record names; smaller ones are counted with their parents."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracePolicy:
+    """Which steps are traced in full. The others are only counted.
+
+    Attributes:
+        first_steps: how many steps at the beginning, 0 or more.
+        every_n_steps: after those, every Nth step, 1 or more; None for none.
+        new_highs: also every step with a larger batch, in tokens, than any traced before. The step that matters is not
+            missed.
+
+    Raises:
+        ValueError: a field has a value that it cannot take.
+    """
+
+    first_steps: int = 3
+    every_n_steps: int | None = 100
+    new_highs: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.first_steps, bool) or not isinstance(self.first_steps, int) or self.first_steps < 0:
+            raise ValueError(f"first_steps must be an integer of 0 or more, not {self.first_steps!r}")
+        every = self.every_n_steps
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"every_n_steps must be an integer of 1 or more, or None, not {every!r}")
+        if not isinstance(self.new_highs, bool):
+            raise ValueError(f"new_highs must be True or False, not {self.new_highs!r}")
+
+    def wants(self, number: int) -> bool:
+        """Whether the ``number``-th step seen (the first is 1) is to be traced."""
+        return number <= self.first_steps or (self.every_n_steps is not None and number % self.every_n_steps == 0)
+
+
+class MemoryTracer:
+    """Keeps the memory books of a training loop.
+
+        tracer = MemoryTracer(model, optimizer)
+        for batch in batches:
+            with tracer.step():
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        tracer.close()
+        tracer.run.peak.categories["activations"]  # bytes
+
+    It only watches: the numbers of a run are the same with it and without. What goes wrong inside it is warned about
+    once and switches it off; an exception of the training itself passes through, and everything installed is removed.
+
+    Args:
+        model: the model, as it is called: what ``torch.compile`` or PEFT returned, where they were used.
+        optimizer: its optimizer, or None.
+        policy: which steps to trace in full; every step when not given.
+        header: what to say about the run in its record.
+        on_record: called with every step's record; when not given the records are kept, in ``run``.
+
+    Known limits: only the thread that calls ``step`` is seen; modules inside a compiled model are not told apart.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any = None,
+        *,
+        policy: TracePolicy | None = None,
+        header: RunHeader | None = None,
+        on_record: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        self._model = model
+        self._owned: nn.Module = model._modules.get(COMPILED_CHILD) or model
+        self._optimizer = optimizer
+        self._policy = policy or TracePolicy(first_steps=0, every_n_steps=1)
+        self._steps: list[StepRecord] = []
+        self._on_record = on_record or self._steps.append
+        self.summary = Summary(header or RunHeader())
+        self._device_type = device_type_of(model)
+        self._recorder = _recorder_for(self._device_type)
+        self._roles: dict[str, str] | None = None
+        self._largest_batch = 0
+        self._seen = 0
+        self._warned: set[str] = set()
+        self._closed = False
+        self._window: _Window | None = None
+        self._number = 0
+        self._began = 0.0
+        self._tracing_seconds = 0.0
+        self._size_hook: Any = None
+        if self._recorder is None:
+            self._warn_once(
+                "device", f"memory of {self._device_type} devices cannot be traced yet; steps are only counted"
+            )
+        elif self._policy.new_highs:
+            self._size_hook = model.register_forward_pre_hook(self._batch_seen, with_kwargs=True, prepend=True)
+
+    @property
+    def run(self) -> RunTrace:
+        """The records kept so far, as one run."""
+        return RunTrace(header=self.summary.header, steps=list(self._steps))
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One training step: everything from the forward to ``zero_grad``, accumulation included."""
+        self.begin_step()
+        try:
+            yield
+        except BaseException:
+            self.abandon_step()
+            raise
+        self.end_step()
+
+    def begin_step(self, number: int | None = None) -> None:
+        """A step begins.
+
+        Args:
+            number: what to call it in the record; one more than the last when not given.
+        """
+        if self._closed:
+            return
+        self.abandon_step()
+        self._seen += 1
+        self._number = self._number + 1 if number is None else number
+        self._began = time.perf_counter()
+        self._tracing_seconds = 0.0
+        if self._policy.wants(self._seen):
+            self._start_window()
+
+    def end_step(self) -> StepRecord | None:
+        """The step has ended: its record, or None after ``close``."""
+        if self._closed or not self._began:
+            return None
+        seconds = time.perf_counter() - self._began
+        record: StepRecord | None = None
+        with self._timed(), self._guarded():
+            record = self._close_books(seconds)
+        if record is None:
+            record = StepRecord(self._number, False, {}, Peak(), None, seconds, self._tracing_seconds)
+        self._began = 0.0
+        self.summary.add(record)
+        self._on_record(record)
+        return record
+
+    def abandon_step(self) -> None:
+        """The step ended in an exception: whatever was installed for it is removed, and it is not recorded."""
+        self._began = 0.0
+        window, self._window = self._window, None
+        if window is not None:
+            window.abandon()
+
+    def close(self) -> None:
+        """Remove every hook and let go of the model. What was recorded stays."""
+        if self._closed:
+            return
+        self.abandon_step()
+        self._closed = True
+        if self._size_hook is not None:
+            self._size_hook.remove()
+            self._size_hook = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+        del self._model, self._owned, self._optimizer
+
+    def _start_window(self) -> None:
+        if self._recorder is None or self._window is not None:
+            return
+        with self._timed(), self._guarded():
+            if self._roles is None:
+                self._roles = activation_roles(self._owned)
+            window = _Window(self._model, self._owned, self._optimizer, self._recorder, self._fail)
+            try:
+                window.open()
+            except RecorderBusyError as problem:
+                window.abandon()
+                self._warn_once("busy", f"{problem}: MemTrace stands aside, and only counts steps while that is so")
+            except BaseException:
+                window.abandon()
+                raise
+            else:
+                self._window = window
+
+    def _close_books(self, seconds: float) -> StepRecord | None:
+        window, self._window = self._window, None
+        if window is None:
+            return None
+        recorded = window.close()
+        if recorded is None:
+            self._warn_once(
+                "busy", "another profiler was started: MemTrace stands aside, and only counts steps while that is so"
+            )
+            return None
+        books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
+        return _step_record(self._number, books, allocator, seconds, lambda: self._tracing_seconds)
+
+    def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Trace a step whose batch is larger than any before, from its forward on."""
+        if not self._began or not module.training:
+            return
+        with self._guarded():
+            size = max((tensor.numel() for tensor in tensors_in((args, kwargs), 2) if tensor.ndim == 2), default=0)
+            if size > self._largest_batch:
+                self._largest_batch = size
+                self._start_window()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._tracing_seconds += time.perf_counter() - began
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:  # a guest's failure must never cost the run
+            self._fail(problem)
+
+    def _fail(self, problem: Exception) -> None:
+        logger.debug("MemTrace failed", exc_info=problem)
+        self._warn_once(
+            "failure", f"MemTrace has switched itself off, training goes on: {type(problem).__name__}: {problem}"
+        )
+        self.close()
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, MemtraceWarning, stacklevel=3)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recorded:
+    recording: Recording
+    claims: Claims
+
+
+class _Window:
+    """One traced step: what is installed for it, and the claims gathered while it runs."""
+
+    def __init__(
+        self, model: nn.Module, owned: nn.Module, optimizer: Any, recorder: Recorder, fail: Callable[[Exception], None]
+    ) -> None:
+        self._owned = owned
+        self._optimizer = optimizer
+        self._recorder = recorder
+        self._fail = fail
+        self._rows: list[Row] = []
+        self._owners: Owners | None = None
+        self.phases = PhaseWatch(
+            model,
+            optimizer,
+            on_inputs=self._claim_inputs,
+            on_backward_end=self._claim_gradients,
+            on_optimizer_begin=self._claim_gradients,
+            on_optimizer_end=self._claim_states,
+            clock=recorder.clock,
+        )
+
+    def open(self) -> None:
+        self._owners = owners = Owners(self._owned, self._optimizer, self._recorder.device_type)
+        self._recorder.start()
+        now = self._recorder.clock()
+        for source in (owners.weights, owners.gradients, owners.optimizer_states):
+            self._claim_standing(source(now))
+        self.phases.install()
+
+    def close(self) -> _Recorded | None:
+        self.phases.remove()
+        self._claim_gradients()
+        self._claim_states()
+        recording = self._recorder.stop()
+        owners, self._owners = self._owners, None
+        if recording is None or owners is None:
+            return None
+        return _Recorded(recording, Claims.of(self._rows, owners.owners))
+
+    def abandon(self) -> None:
+        self.phases.remove()
+        self._recorder.abandon()
+        self._owners = None
+
+    def _claim_standing(self, found: Iterable[tuple[Row, Any]]) -> None:
+        """Claim storages that may be older than the recording, and look out for their end."""
+        rows, storages = [], []
+        for row, storage in found:
+            rows.append(row)
+            storages.append(storage)
+        self._rows.extend(rows)
+        self._recorder.watch(storages)
+
+    def _claim_inputs(self, batch: Any) -> None:
+        with self._safely():
+            if self._owners is not None:
+                self._claim_standing(self._owners.inputs(self._recorder.clock(), batch))
+
+    def _claim_gradients(self) -> None:
+        with self._safely():
+            if self._owners is not None:
+                self._rows.extend(row for row, _ in self._owners.gradients(self._recorder.clock()))
+
+    def _claim_states(self) -> None:
+        with self._safely():
+            if self._owners is not None:
+                self._rows.extend(row for row, _ in self._owners.optimizer_states(self._recorder.clock()))
+
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:
+            self._fail(problem)
+
+
+def device_type_of(model: nn.Module) -> str:
+    """The kind of device that most of a model's parameters are on."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        sizes[parameter.device.type] = sizes.get(parameter.device.type, 0) + parameter.numel()
+    return max(sizes, key=lambda kind: sizes[kind]) if sizes else "cpu"
+
+
+def _recorder_for(device_type: str) -> Recorder | None:
+    if device_type == "cpu":
+        from .recorders.cpu import CpuRecorder
+
+        return CpuRecorder()
+    return None
+
+
+def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Books, Int64Array]:
+    """The books of one recording, and the allocator's own level beside them.
+
+    What owners hold and no event made was there before the recording: it is the baseline.
+
+    Returns:
+        the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
+    """
+    ledger = Ledger.of(recording.events)
+    unknown = find_claimed(ledger, claims) < 0
+    rows = np.flatnonzero(unknown)
+    _, first = np.unique(claims.address[rows], return_index=True)
+    baseline = claims.take(rows[first])
+    ledger = Ledger.of(recording.events, baseline.address, baseline.size)
+    reported = recording.reported.copy()
+    reported[ledger.strays] = 0
+    # The allocator never counted what is older than the recording: its end counts as the baseline's bytes.
+    older = (ledger.born == 0) & (ledger.died <= len(reported))
+    reported[ledger.died[older] - 1] = np.where(
+        recording.events.size[ledger.died[older] - 1] < 0,
+        -ledger.size[older],
+        reported[ledger.died[older] - 1] - ledger.size[older],
+    )
+    allocator = int(ledger.level[0]) + np.concatenate([[0], np.cumsum(reported)])
+    return attribute(ledger, claims, timeline), allocator
+
+
+def _step_record(
+    number: int, books: Books, allocator: Int64Array, seconds: float, tracing_seconds: Callable[[], float]
+) -> StepRecord:
+    peak = books.peak(books.spans)
+    phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
+    phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
+    modules = fold_modules(books.modules_at(peak), MAX_MODULES)
+    return StepRecord(
+        step=number,
+        traced=True,
+        phases=phases,
+        peak=Peak(
+            phase=phase or books.spans[0].phase,
+            bytes=int(allocator[peak]),
+            allocator_bytes=int(allocator[peak]),
+            categories=_categories(books, allocator, peak),
+            roles=books.roles_at(peak),
+            modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
+        ),
+        reserved_bytes=None,
+        seconds=seconds,
+        tracing_seconds=tracing_seconds(),
+    )
+
+
+def _by_phase(spans: Sequence[Span]) -> Iterator[tuple[Phase, list[Span]]]:
+    for phase in PHASES:
+        found = [span for span in spans if span.phase is phase]
+        if found:
+            yield phase, found
+
+
+def _phase_record(books: Books, allocator: Int64Array, spans: list[Span]) -> PhaseRecord:
+    peak, end = books.peak(spans), spans[-1].end
+    return PhaseRecord(
+        int(allocator[peak]),
+        int(allocator[end]),
+        _categories(books, allocator, peak),
+        _categories(books, allocator, end),
+    )
+
+
+def _categories(books: Books, allocator: Int64Array, instant: int) -> dict[str, int]:
+    table = category_table(books.categories_at(instant))
+    table[Category.UNATTRIBUTED] += int(allocator[instant] - books.ledger.level[instant])
+    return table
+
+
+__all__ = ["MAX_MODULES", "MemoryTracer", "TracePolicy", "device_type_of", "keep_books"]
