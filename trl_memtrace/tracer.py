@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,8 +162,8 @@ class MemoryTracer:
         record: StepRecord | None = None
         with self._timed(), self._guarded():
             record = self._close_books(seconds)
-        if record is None:
-            record = StepRecord(self._number, False, {}, Peak(), None, seconds, self._tracing_seconds)
+        record = record or StepRecord(self._number, False, {}, Peak(), None, seconds)
+        record = replace(record, tracing_seconds=self._tracing_seconds)
         self._began = 0.0
         self.summary.add(record)
         self._on_record(record)
@@ -219,7 +219,7 @@ class MemoryTracer:
             )
             return None
         books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
-        return _step_record(self._number, books, allocator, seconds, lambda: self._tracing_seconds)
+        return _step_record(self._number, books, allocator, seconds)
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
@@ -385,9 +385,7 @@ def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Boo
     return attribute(ledger, claims, timeline), allocator
 
 
-def _step_record(
-    number: int, books: Books, allocator: Int64Array, seconds: float, tracing_seconds: Callable[[], float]
-) -> StepRecord:
+def _step_record(number: int, books: Books, allocator: Int64Array, seconds: float) -> StepRecord:
     peak = books.peak(books.spans)
     phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
     phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
@@ -406,7 +404,6 @@ def _step_record(
         ),
         reserved_bytes=None,
         seconds=seconds,
-        tracing_seconds=tracing_seconds(),
     )
 
 

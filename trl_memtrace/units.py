@@ -33,6 +33,14 @@ def format_bytes(size: int | None) -> str:
     return f"{value:.2f} TiB"
 
 
+def common_unit(size: int | None) -> tuple[str, int]:
+    """The binary unit in which the largest of some sizes is best written, and its bytes: ``("MiB", 1048576)``."""
+    for unit, scale in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if (size or 0) >= scale:
+            return unit, scale
+    return "B", 1
+
+
 def to_gib(size: int) -> float:
     """Bytes as GiB, for metrics whose names say so (``..._gib``)."""
     return size / GIB

@@ -1,0 +1,24 @@
+"""Where records go while a run is under way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..records import RunHeader, StepRecord, Summary
+
+
+class Sink(Protocol):
+    """Takes what a run produces. Whatever it raises is its own affair: it is warned about once and the sink is let
+    go."""
+
+    def open(self, header: RunHeader) -> None:
+        """A run begins."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step has ended."""
+
+    def log(self, record: StepRecord, global_step: int) -> None:
+        """The trainer is about to log; ``record`` is the traced step that held most since it last did."""
+
+    def close(self, summary: Summary) -> None:
+        """The run has ended."""

@@ -1,0 +1,319 @@
+"""MemTrace: the events of a Trainer, adapted to the tracer and the sinks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import TrainerCallback
+
+from .errors import MemtraceWarning
+from .phases import COMPILED_CHILD
+from .records import Peak, RunTrace, StepRecord, record_name
+from .run_info import describe_run
+from .sinks import Sink
+from .sinks.jsonl import JsonlSink
+from .tracer import MemoryTracer, TracePolicy
+
+logger = logging.getLogger(__name__)
+
+_Event = TypeVar("_Event", bound=Callable[..., None])
+_FOLLOW_TRAINER = "trainer"
+_active: weakref.WeakKeyDictionary[Any, MemTrace] = weakref.WeakKeyDictionary()
+"""Which MemTrace watches which model."""
+
+
+def _never_costs_the_run(event: _Event) -> _Event:
+    """What goes wrong in an event is warned about, and switches MemTrace off; the training goes on."""
+
+    @functools.wraps(event)
+    def guarded(self: MemTrace, *args: Any, **kwargs: Any) -> None:
+        try:
+            event(self, *args, **kwargs)
+        except Exception as problem:
+            logger.debug("MemTrace failed in %s", event.__name__, exc_info=problem)
+            _warn(f"MemTrace has switched itself off, training goes on: {type(problem).__name__}: {problem}")
+            self._switch_off()
+
+    return guarded  # type: ignore[return-value]
+
+
+class MemTrace(TrainerCallback):
+    """Says where the memory of a training run goes: on the terminal, in a file, and wherever the Trainer reports to.
+
+        trainer.add_callback(MemTrace())
+
+    Steps are counted, and some are traced in full: their categories (weights, gradients, optimizer states,
+    activations, ...) add up to what the allocator reports, by phase of the step and by module. The record goes to
+    ``<output_dir>/memtrace``; metrics (``memory/peak/activations_gib``, ...) go where ``args.report_to`` says.
+    Training is only watched: its losses are bit for bit those without, and no failure of MemTrace's ends a run.
+
+    Args:
+        first_steps: how many steps to trace in full at the beginning, 0 or more.
+        every_n_steps: after those, trace every Nth step, 1 or more; None for none.
+        new_highs: also trace every step whose batch holds more tokens than any traced before.
+        output_dir: folder of the record; ``<args.output_dir>/memtrace`` when not given.
+        report_to: ``"trainer"`` for every tracker that the Trainer reports to, ``"none"``, or the names of some of
+            them.
+        print_table: whether to print the table at the end; when not given, unless ``args.disable_tqdm``. Only the main
+            process prints.
+
+    Raises:
+        ValueError: an argument has a value that it cannot take.
+    """
+
+    def __init__(
+        self,
+        first_steps: int = 3,
+        every_n_steps: int | None = 100,
+        new_highs: bool = True,
+        output_dir: str | os.PathLike[str] | None = None,
+        report_to: str | Sequence[str] = _FOLLOW_TRAINER,
+        print_table: bool | None = None,
+    ) -> None:
+        self._policy = TracePolicy(first_steps, every_n_steps, new_highs)
+        self._output_dir = _checked_folder(output_dir)
+        self._report_to = _checked_report_to(report_to)
+        if print_table not in (None, True, False):
+            raise ValueError(f"print_table must be True, False or None, not {print_table!r}")
+        self._print_table = print_table
+        self._tracer: MemoryTracer | None = None
+        self._sinks: list[Sink] = []
+        self._pending: StepRecord | None = None
+        self._run: RunTrace | None = None
+        self._path: Path | None = None
+        self._table_wanted = False
+        self._unwatch_loop: Callable[[], None] | None = None
+
+    @property
+    def run(self) -> RunTrace:
+        """The record of the run, as it stands; read from its file.
+
+        Raises:
+            RecordError: nothing has been recorded.
+        """
+        return RunTrace.load(self._path or "memtrace")
+
+    @property
+    def path(self) -> Path | None:
+        """The record's file, once training has begun."""
+        return self._path
+
+    @_never_costs_the_run
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._switch_off()
+        if _active.get(model) is not None:
+            _warn("this trainer has a MemTrace already; the second one is switched off")
+            return
+        trainer = _calling_trainer(state)
+        header = describe_run(args, model, trainer, asdict(self._policy))
+        self._sinks = list(self._make_sinks(args, state, control, trainer))
+        _active[model] = self
+        self._tracer = MemoryTracer(
+            _as_called(model, trainer),
+            kwargs.get("optimizer"),
+            policy=self._policy,
+            header=header,
+            on_record=self._take,
+        )
+        chosen = self._print_table
+        self._table_wanted = state.is_world_process_zero and (not args.disable_tqdm if chosen is None else chosen)
+        self._unwatch_loop = _watch_loop(trainer, self._training_failed)
+        self._tell_sinks(lambda sink: sink.open(header))
+
+    @_never_costs_the_run
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.begin_step(state.global_step + 1)
+
+    @_never_costs_the_run
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.end_step()
+            if control.should_log:  # the trainer logs next: our metrics go with its own
+                self._log_pending(state.global_step)
+
+    @_never_costs_the_run
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log_pending(state.global_step)
+
+    @_never_costs_the_run
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._finish()
+
+    def _take(self, record: StepRecord) -> None:
+        self._tell_sinks(lambda sink: sink.step(record))
+        if record.traced and (self._pending is None or _bytes(record.peak) >= _bytes(self._pending.peak)):
+            self._pending = record
+
+    def _log_pending(self, global_step: int) -> None:
+        record, self._pending = self._pending, None
+        if record is not None:
+            self._tell_sinks(lambda sink: sink.log(record, global_step))
+
+    def _training_failed(self) -> None:
+        with contextlib.suppress(Exception):
+            self._finish()
+        self._switch_off()
+
+    def _finish(self) -> None:
+        tracer = self._tracer
+        if tracer is None:
+            return
+        tracer.close()
+        summary = tracer.summary
+        self._tell_sinks(lambda sink: sink.close(summary))
+        wanted, path = self._table_wanted, self._path
+        self._switch_off()
+        if wanted:
+            from .reporters.terminal import print_summary
+
+            print_summary(summary, path)
+
+    def _switch_off(self) -> None:
+        """Remove everything that is installed."""
+        tracer, self._tracer = self._tracer, None
+        if tracer is not None:
+            tracer.close()
+        if self._unwatch_loop is not None:
+            self._unwatch_loop()
+            self._unwatch_loop = None
+        for model in [model for model, callback in _active.items() if callback is self]:
+            del _active[model]
+        self._sinks = []
+        self._pending = None
+
+    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except Exception as problem:
+                name = type(sink).__name__
+                logger.debug("%s failed", name, exc_info=problem)
+                reason = f"{type(problem).__name__}: {problem}"
+                _warn(f"{name} is switched off, training and the other reports go on: {reason}")
+                self._sinks.remove(sink)
+
+    def _make_sinks(self, args: Any, state: Any, control: Any, trainer: Any) -> Iterator[Sink]:
+        folder = self._output_dir or Path(args.output_dir) / "memtrace"
+        self._path = folder / record_name(args.process_index)
+        yield JsonlSink(self._path, resume=state.global_step > 0)
+        if not state.is_world_process_zero:
+            return
+        followed = list(args.report_to or [])
+        wanted = followed if self._report_to == _FOLLOW_TRAINER else self._report_to
+        handler = getattr(trainer, "callback_handler", None)
+        callbacks = handler.callbacks if handler is not None else []
+        yield from _tracker_sinks(wanted, callbacks, args, state, control, asdict(self._policy))
+
+
+def _tracker_sinks(
+    wanted: Sequence[str], callbacks: Sequence[Any], args: Any, state: Any, control: Any, settings: dict[str, Any]
+) -> Iterator[Sink]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    from .sinks import trackers
+
+    for name in wanted:
+        if name == "wandb":
+            from .sinks.wandb import WandbSink
+
+            yield WandbSink(settings)
+        elif name == "trackio":
+            yield trackers.TrackerSink(trackers.trackio())
+        else:
+            kind = INTEGRATION_TO_CALLBACK.get(name)
+            callback = next((callback for callback in callbacks if kind and isinstance(callback, kind)), None)
+            if callback is None:
+                continue
+            send = (
+                trackers.tensorboard(callback)
+                if name == "tensorboard"
+                else trackers.any_reporter(callback, args, state, control)
+            )
+            yield trackers.TrackerSink(send)
+
+
+def _calling_trainer(state: Any) -> Any:
+    """The Trainer that is calling: no event hands it over, but it is on the stack. None where something else calls."""
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and caller.state is state:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _as_called(model: Any, trainer: Any) -> Any:
+    """What the trainer calls: the compiled model, whose insides must not be hooked, where it has compiled one."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
+
+
+def _watch_loop(trainer: Any, failed: Callable[[], None]) -> Callable[[], None] | None:
+    """Have ``failed`` called when training ends in an exception, of which a callback is not told. Returns what undoes
+    it."""
+    name = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
+    original = getattr(trainer, name, None)
+    if original is None or name in vars(trainer):
+        return None
+
+    @functools.wraps(original)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            failed()
+            raise
+
+    def undo() -> None:
+        if vars(trainer).get(name) is watched:
+            delattr(trainer, name)
+
+    setattr(trainer, name, watched)
+    return undo
+
+
+def _checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
+    if folder is None:
+        return None
+    try:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError) as problem:
+        raise ValueError(f"output_dir must be a folder that can be made, not {folder!r}: {problem}") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"output_dir must be a folder that can be written to, not {folder!r}")
+    return path
+
+
+def _checked_report_to(report_to: str | Sequence[str]) -> str | list[str]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    if report_to == _FOLLOW_TRAINER:
+        return _FOLLOW_TRAINER
+    names = [report_to] if isinstance(report_to, str) else report_to
+    allowed = ["none", *INTEGRATION_TO_CALLBACK]
+    if not isinstance(names, (list, tuple)) or any(name not in allowed for name in names):
+        raise ValueError(f"report_to must be 'trainer', 'none' or some of {', '.join(allowed[1:])}, not {report_to!r}")
+    return list(names)
+
+
+def _bytes(peak: Peak) -> int:
+    return peak.bytes or 0
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, MemtraceWarning, stacklevel=3)

@@ -1,0 +1,167 @@
+"""What a person sees at the end of a run: one table, and what stands behind it in a line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..categories import CATEGORIES, PHASES, Category
+from ..records import Peak, PhaseRecord, Summary
+from ..units import common_unit, format_bytes
+
+_COLOURS = {
+    Category.WEIGHTS: "blue",
+    Category.GRADIENTS: "magenta",
+    Category.OPTIMIZER_STATES: "cyan",
+    Category.ACTIVATIONS: "green",
+    Category.INPUTS: "white",
+    Category.TEMPORARIES: "yellow",
+    Category.COMMUNICATION: "bright_blue",
+    Category.UNATTRIBUTED: "red",
+}
+_SHOWN_PHASES = tuple(phase for phase in PHASES if phase.value not in ("idle", "load", "save"))
+_TOP_MODULES = 5
+_BAR_WIDTH = 8
+
+
+def print_summary(summary: Summary, path: Path | None = None, console: Console | None = None) -> None:
+    """Print the end-of-run table.
+
+    Args:
+        summary: the run.
+        path: where its record is.
+        console: where to print; standard output when not given.
+    """
+    (console or Console()).print(render_summary(summary, path))
+
+
+def render_summary(summary: Summary, path: Path | None = None) -> RenderableType:
+    """The end-of-run table and its notes."""
+    parts: list[RenderableType] = [Text(), _headline(summary)]
+    if summary.worst is not None and summary.worst.traced:
+        peak = summary.peak
+        tables = _category_table(peak, summary.worst.phases), _module_table(peak)
+        parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
+    parts += [Text(note, style="dim") for note in _notes(summary, path)]
+    return Padding(Group(*parts), (0, 1, 1, 1))
+
+
+def plain(text: object) -> str:
+    """Text from outside, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def _headline(summary: Summary) -> Text:
+    model = summary.header.model
+    line = Text()
+    line.append("MemTrace", style="bold")
+    if model.get("class"):
+        name = model.get("name_or_path") or model["class"]
+        line.append(f"  {plain(name)}, {_count(model.get('parameters'))} parameters")
+        line.append(f", {_count(model.get('trainable_parameters'))} trainable")
+    line.append("\n")
+    peak = summary.peak
+    if peak.bytes is None or peak.phase is None:
+        line.append(f"{summary.steps} steps counted, none traced")
+        return line
+    line.append(f"Peak {format_bytes(peak.bytes)}", style="bold")
+    line.append(f" in {peak.phase.value} of step {peak.step}")
+    largest = max(CATEGORIES, key=lambda category: peak.categories[category] or 0)
+    line.append(f", {_share(peak.categories[largest], peak.bytes)} of it {largest.value.replace('_', ' ')}")
+    return line
+
+
+def _category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
+    shown = [(phase.value, phases[phase.value]) for phase in _SHOWN_PHASES if phase.value in phases]
+    unit, scale = common_unit(peak.bytes)
+
+    def level(size: int | None) -> str:
+        return _level(size, scale)
+
+    table = _table(show_footer=True)
+    table.add_column(f"in {unit}", footer="total", no_wrap=True)
+    table.add_column("peak", footer=level(peak.allocator_bytes), justify="right", no_wrap=True)
+    table.add_column("share", footer=_share(peak.bytes, peak.bytes), justify="right", no_wrap=True)
+    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
+    for name, phase in shown:
+        style = "bold" if peak.phase is not None and name == peak.phase.value else ""
+        table.add_column(name, footer=level(phase.peak_bytes), justify="right", style=style, no_wrap=True)
+    for category in CATEGORIES:
+        size = peak.categories[category]
+        levels = [phase.at_peak[category] for _, phase in shown]
+        if size or any(levels) or category is Category.UNATTRIBUTED:
+            table.add_row(
+                Text(category.value.replace("_", " "), style=_COLOURS[category]),
+                level(size),
+                _share(size, peak.bytes),
+                Text(_bar(size, peak.bytes), style=_COLOURS[category]),
+                *map(level, levels),
+            )
+    return table
+
+
+def _module_table(peak: Peak) -> RenderableType:
+    named = [(name, row) for name, row in peak.modules.items() if name]
+    largest = sorted(named, key=lambda item: (-sum(item[1].values()), item[0]))[:_TOP_MODULES]
+    if not largest:
+        return Text()
+    unit, scale = common_unit(peak.bytes)
+    table = _table()
+    table.add_column("modules that hold most", overflow="fold")
+    table.add_column(unit, justify="right", no_wrap=True)
+    table.add_column("of which", overflow="fold")
+    for name, row in largest:
+        parts = sorted(row.items(), key=lambda item: -item[1])
+        detail = ", ".join(f"{plain(kind).replace('_', ' ')} {_level(size, scale)}" for kind, size in parts)
+        table.add_row(Text(plain(name)), _level(sum(row.values()), scale), Text(detail, style="dim"))
+    return table
+
+
+def _notes(summary: Summary, path: Path | None) -> Iterable[str]:
+    if summary.peak.bytes is not None:
+        left = summary.peak.categories[Category.UNATTRIBUTED] or 0
+        yield (
+            f"The total is the allocator's own, to the byte; {format_bytes(left)} of it"
+            f" ({_share(left, summary.peak.bytes)}) belongs to nobody we know."
+        )
+    yield (
+        f"{summary.traced_steps} of {summary.steps} steps traced. Tracing took {summary.tracing_seconds:.2f} s"
+        f" of {summary.seconds + summary.tracing_seconds:.2f} s of steps."
+    )
+    if path is not None:
+        yield f"Record: {plain(path)}"
+
+
+def _table(**options: Any) -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, **options)
+
+
+def _level(size: int | None, scale: int) -> str:
+    return f"{size / scale:.2f}" if size else "\N{MIDDLE DOT}"
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return f"{100 * part / whole:.1f}%" if part is not None and whole else "-"
+
+
+def _bar(part: int | None, whole: int | None) -> str:
+    eighths = round(8 * _BAR_WIDTH * (part or 0) / whole) if whole else 0
+    full, rest = divmod(max(eighths, 0), 8)
+    return "\N{FULL BLOCK}" * full + (chr(0x2590 - rest) if rest else "")
+
+
+def _count(number: Any) -> str:
+    value = float(number or 0)
+    for unit in ("", "k", "M", "B"):
+        if value < 1000:
+            return f"{value:.4g}{unit}"
+        value /= 1000
+    return f"{value:.4g}T"

@@ -1,0 +1,116 @@
+"""What a record says about its run: the device, the versions, the model, the trainer and the settings that decide
+memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from .records import RunHeader
+from .tracer import device_type_of
+
+_PACKAGES = (
+    "trl-memtrace",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "bitsandbytes",
+    "wandb",
+)
+
+_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "activation_offloading",
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "tf32",
+    "torch_compile",
+    "max_length",
+    "max_completion_length",
+    "num_generations",
+    "packing",
+    "padding_free",
+    "loss_type",
+    "use_liger_kernel",
+    "torch_empty_cache_steps",
+    "fsdp",
+    "deepspeed",
+    "max_steps",
+    "num_train_epochs",
+    "seed",
+)
+
+
+def describe_run(args: Any, model: Any, trainer: Any = None, policy: dict[str, Any] | None = None) -> RunHeader:
+    """The head of a record.
+
+    Args:
+        args: the trainer's ``TrainingArguments``.
+        model: what is trained.
+        trainer: the trainer, where it is known.
+        policy: which steps are traced.
+    """
+    settings = args.to_dict()
+    return RunHeader(
+        device=describe_device(device_type_of(model)),
+        versions=versions(),
+        model=describe_model(model),
+        trainer={
+            "class": type(trainer).__name__ if trainer is not None else None,
+            "world_size": args.world_size,
+            "rank": args.process_index,
+            "policy": policy or {},
+        },
+        args={name: settings[name] for name in _SETTINGS if name in settings},
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of every package that has a say, where it is installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device(device_type: str) -> dict[str, Any]:
+    """Name and bytes of the device that the model is on."""
+    if device_type == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return {"type": device_type, "name": properties.name, "total_bytes": properties.total_memory}
+    if device_type == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        return {"type": device_type, "name": platform.processor() or platform.machine(), "total_bytes": total}
+    return {"type": device_type, "name": device_type, "total_bytes": None}
+
+
+def describe_model(model: Any) -> dict[str, Any]:
+    """Class, name, parameters and bytes; a shared parameter counts once, a quantized one by the elements that it
+    stores."""
+    parameters = list(model.parameters())
+    config = getattr(model, "config", None)
+    return {
+        "class": type(model).__name__,
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "model_type": getattr(config, "model_type", None),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    }
