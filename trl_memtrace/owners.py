@@ -85,11 +85,11 @@ class Owners:
 
     def weights(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
         """Parameters, buffers, and what quantization keeps beside them."""
+        for tensor, number in self._extras:  # first, since the last claim of equal trust stands
+            yield from self._rows(time_ns, tensor, number)
         for parameter, module, kind in self._parameters:
             number = self._number(Category.WEIGHTS, kind, module)
             yield from self._rows(time_ns, parameter, number)
-        for tensor, number in self._extras:
-            yield from self._rows(time_ns, tensor, number)
 
     def gradients(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
         """The ``.grad`` of every parameter that has one."""

@@ -7,6 +7,7 @@ from the owners: their storages are the baseline, and a weak reference tells whe
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from . import Recorder, RecorderBusyError, Recording
 
 _KINETO_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _SILENT = "6"  # Kineto prints "USDT: profiler_start" and "profiler_stop" at level 5 for every recording
+_CPP_WARNING, _CPP_ERROR = 1, 2
 _CPU_DEVICE = torch.device("cpu")
 
 
@@ -98,6 +101,16 @@ def _warming_up() -> bool:
     )
 
 
+@functools.cache
+def _cpp_log_level() -> ctypes.c_int | None:
+    """PyTorch's C++ log level, as the variable that it is; None where it cannot be had."""
+    library = next(Path(torch.__file__).parent.glob("lib/*c10.[sd]*"), None)
+    try:
+        return ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_log_level") if library else None
+    except (OSError, ValueError):
+        return None
+
+
 class CpuRecorder(Recorder):
     """Records the calling thread's CPU allocations.
 
@@ -110,6 +123,7 @@ class CpuRecorder(Recorder):
     def __init__(self) -> None:
         self._thread: int | None = None
         self._given_way = False
+        self._muted = False
         self._watches: list[Any] = []
         self._ended: list[tuple[int, int]] = []  # time_ns, address
         _foreign_profilers.add(self)
@@ -136,6 +150,7 @@ class CpuRecorder(Recorder):
                 del os.environ[_KINETO_LOG_LEVEL]
         self._given_way = False
         self._thread = threading.get_ident()
+        self._mute()
         _enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
 
     def watch(self, storages: Iterable[Any]) -> None:
@@ -148,6 +163,7 @@ class CpuRecorder(Recorder):
             return None
         self._thread = None
         result = _disable_profiler()
+        self._unmute()
         collecting = gc.isenabled()
         gc.disable()  # thousands of small tuples in one go would only set it off
         try:
@@ -161,6 +177,7 @@ class CpuRecorder(Recorder):
     def abandon(self) -> None:
         if self._running():
             _disable_profiler()
+            self._unmute()
         self._thread = None
         self._watches, self._ended = [], []
 
@@ -169,6 +186,19 @@ class CpuRecorder(Recorder):
         if self._running():
             self.abandon()
             self._given_way = True
+
+    def _mute(self) -> None:
+        """While recording, the CPU allocator warns on stderr of a block that it meets for the first time as it is
+        freed. We know these by their owners, so for as long as a recording lasts C++ warnings are left out."""
+        level = _cpp_log_level()
+        self._muted = level is not None and level.value == _CPP_WARNING
+        if level is not None and self._muted:
+            level.value = _CPP_ERROR
+
+    def _unmute(self) -> None:
+        level = _cpp_log_level()
+        if level is not None and self._muted:
+            level.value = _CPP_WARNING
 
     def _note_end(self, address: int, _: Any) -> None:
         self._ended.append((self.clock(), address))

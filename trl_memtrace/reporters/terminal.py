@@ -29,7 +29,8 @@ _COLOURS = {
 }
 _SHOWN_PHASES = tuple(phase for phase in PHASES if phase.value not in ("idle", "load", "save"))
 _TOP_MODULES = 5
-_BAR_WIDTH = 8
+_PEFT_PREFIX = "base_model.model."
+_BAR_WIDTH = 6
 
 
 def print_summary(summary: Summary, path: Path | None = None, console: Console | None = None) -> None:
@@ -64,8 +65,7 @@ def _headline(summary: Summary) -> Text:
     line = Text()
     line.append("MemTrace", style="bold")
     if model.get("class"):
-        name = model.get("name_or_path") or model["class"]
-        line.append(f"  {plain(name)}, {_count(model.get('parameters'))} parameters")
+        line.append(f"  {plain(model['class'])}, {_count(model.get('parameters'))} parameters")
         line.append(f", {_count(model.get('trainable_parameters'))} trainable")
     line.append("\n")
     peak = summary.peak
@@ -121,7 +121,8 @@ def _module_table(peak: Peak) -> RenderableType:
     for name, row in largest:
         parts = sorted(row.items(), key=lambda item: -item[1])
         detail = ", ".join(f"{plain(kind).replace('_', ' ')} {_level(size, scale)}" for kind, size in parts)
-        table.add_row(Text(plain(name)), _level(sum(row.values()), scale), Text(detail, style="dim"))
+        shown = plain(name.removeprefix(_PEFT_PREFIX))
+        table.add_row(Text(shown), _level(sum(row.values()), scale), Text(detail, style="dim"))
     return table
 
 
