@@ -169,7 +169,7 @@ def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
             phases[index] = Phase.OPTIMIZER
     ends = [*starts[1:], last]
     spans = [Span(*row) for row in zip(phases, starts, ends, strict=True)]
-    return tuple(span for span in spans if span.phase is not Phase.IDLE or span.end > span.start)
+    return tuple(span for span in spans if span.phase is not Phase.IDLE or span.end > span.start) or (spans[0],)
 
 
 def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:

@@ -78,32 +78,41 @@ class Owners:
         self._device_type = device_type
         self._numbers: dict[Owner, int] = {}
         self._optimizer = inner_optimizer(optimizer)
-        self._parameters: list[tuple[nn.Parameter, str, str]] = []  # with module name and kind
+        self._parameters: list[nn.Parameter] = []
         self._extras: list[tuple[torch.Tensor, int]] = []
-        self._module_of: dict[int, str] = {}
+        self._place: dict[int, tuple[str, str]] = {}  # by id of a parameter: its module's name, and what kind it is
         self._walk(model)
 
     def weights(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
         """Parameters, buffers, and what quantization keeps beside them."""
         for tensor, number in self._extras:  # first, since the last claim of equal trust stands
             yield from self._rows(time_ns, tensor, number)
-        for parameter, module, kind in self._parameters:
-            number = self._number(Category.WEIGHTS, kind, module)
-            yield from self._rows(time_ns, parameter, number)
+        for parameter in self._parameters:
+            yield from self._rows(time_ns, parameter, self._owner_of(Category.WEIGHTS, parameter))
 
     def gradients(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
         """The ``.grad`` of every parameter that has one."""
-        for parameter, module, kind in self._parameters:
-            gradient = parameter.grad if parameter.requires_grad or parameter.is_leaf else None
-            if gradient is not None:
-                yield from self._rows(time_ns, gradient, self._number(Category.GRADIENTS, kind, module))
+        for parameter in self._parameters:
+            yield from self.gradient(time_ns, parameter)
+
+    def used_up_in_backward(self) -> Iterator[nn.Parameter]:
+        """Parameters whose gradient somebody's hook may take, and free, as soon as it is there."""
+        for parameter in self._parameters:
+            if getattr(parameter, "_post_accumulate_grad_hooks", None):
+                yield parameter
+
+    def gradient(self, time_ns: int, parameter: nn.Parameter) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+        """The ``.grad`` of one parameter."""
+        gradient = parameter.grad if parameter.is_leaf else None
+        if gradient is not None:
+            yield from self._rows(time_ns, gradient, self._owner_of(Category.GRADIENTS, parameter))
 
     def optimizer_states(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
         """What ``optimizer.state`` holds, by the name of each state, and tensors among the hyperparameters."""
         state = getattr(self._optimizer, "state", None)
         if isinstance(state, Mapping):
             for parameter, entries in state.items():
-                module = self._module_of.get(id(parameter), ROOT_MODULE)
+                module, _ = self._place.get(id(parameter), (ROOT_MODULE, ""))
                 for name, value in entries.items() if isinstance(entries, Mapping) else (("state", entries),):
                     number = self._number(Category.OPTIMIZER_STATES, str(name), module)
                     for tensor in tensors_in(value):
@@ -129,6 +138,10 @@ class Owners:
                 if size:
                     yield (time_ns, storage.data_ptr(), size, number), storage
 
+    def _owner_of(self, category: Category, parameter: nn.Parameter) -> int:
+        module, kind = self._place[id(parameter)]
+        return self._number(category, kind, module)
+
     def _number(self, category: Category, detail: str, module: str) -> int:
         owner = Owner(category, role(category, detail), module)
         number = self._numbers.get(owner)
@@ -148,10 +161,10 @@ class Owners:
             for attribute in getattr(module, "adapter_layer_names", ()):
                 adapters.add(f"{name}.{attribute}" if name else attribute)
             for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in self._module_of:
-                    self._module_of[id(parameter)] = name
+                if parameter is not None and id(parameter) not in self._place:
                     kind = "adapter" if adapter else "trainable" if parameter.requires_grad else "frozen"
-                    self._parameters.append((parameter, name, kind))
+                    self._place[id(parameter)] = name, kind
+                    self._parameters.append(parameter)
                     self._add_extras(name, "quant_state", vars(parameter))
             self._add_extras(name, "buffer", module._buffers)
             own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}

@@ -276,6 +276,7 @@ class _Window:
         self._recorder = recorder
         self._fail = fail
         self._rows: list[Row] = []
+        self._handles: list[Any] = []
         self._owners: Owners | None = None
         self.phases = PhaseWatch(
             model,
@@ -294,9 +295,18 @@ class _Window:
         for source in (owners.weights, owners.gradients, owners.optimizer_states):
             self._claim_standing(source(now))
         self.phases.install()
+        for parameter in owners.used_up_in_backward():
+            hooks: Any = parameter._post_accumulate_grad_hooks
+            theirs = dict(hooks)
+            hooks.clear()  # they are called in the order of their insertion, and ours comes before whoever frees it
+            try:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._handles.append(register(self._claim_gradient))
+            finally:
+                hooks.update(theirs)
 
     def close(self) -> _Recorded | None:
-        self.phases.remove()
+        self._unhook()
         self._claim_gradients()
         self._claim_states()
         recording = self._recorder.stop()
@@ -306,9 +316,15 @@ class _Window:
         return _Recorded(recording, Claims.of(self._rows, owners.owners))
 
     def abandon(self) -> None:
-        self.phases.remove()
+        self._unhook()
         self._recorder.abandon()
         self._owners = None
+
+    def _unhook(self) -> None:
+        self.phases.remove()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _claim_standing(self, found: Iterable[tuple[Row, Any]]) -> None:
         """Claim storages that may be older than the recording, and look out for their end."""
@@ -328,6 +344,11 @@ class _Window:
         with self._safely():
             if self._owners is not None:
                 self._rows.extend(row for row, _ in self._owners.gradients(self._recorder.clock()))
+
+    def _claim_gradient(self, parameter: Any) -> None:
+        with self._safely():
+            if self._owners is not None:
+                self._rows.extend(row for row, _ in self._owners.gradient(self._recorder.clock(), parameter))
 
     def _claim_states(self) -> None:
         with self._safely():

@@ -86,6 +86,9 @@ class _ForeignProfilers:
         return call
 
 
+_one_at_a_time = threading.Lock()
+"""Held while a recorder records: the profiler is one for the whole process, and two threads in it crash."""
+
 _foreign_profilers = _ForeignProfilers()
 
 
@@ -138,6 +141,8 @@ class CpuRecorder(Recorder):
     def start(self) -> None:
         if _foreign_profilers.active or _profiler_enabled():
             raise RecorderBusyError("another torch.profiler is running")
+        if not _one_at_a_time.acquire(blocking=False):
+            raise RecorderBusyError("another thread's steps are being traced")
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         activities = {ProfilerActivity.CPU}
         chosen = os.environ.get(_KINETO_LOG_LEVEL)
@@ -164,6 +169,7 @@ class CpuRecorder(Recorder):
         self._thread = None
         result = _disable_profiler()
         self._unmute()
+        _one_at_a_time.release()
         collecting = gc.isenabled()
         gc.disable()  # thousands of small tuples in one go would only set it off
         try:
@@ -178,6 +184,7 @@ class CpuRecorder(Recorder):
         if self._running():
             _disable_profiler()
             self._unmute()
+            _one_at_a_time.release()
         self._thread = None
         self._watches, self._ended = [], []
 
