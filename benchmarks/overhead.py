@@ -1,0 +1,153 @@
+"""What watching costs: step times with MemTrace against none, torch.profiler with memory, and PyTorch's MemTracker.
+
+All contenders take turns in one process, a few steps each, so that a machine that speeds up or slows down meets them alike.
+Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean over all its
+steps, traced and counted.
+
+    python benchmarks/overhead.py                 # a 5 ms step and a 250 ms step
+    python benchmarks/overhead.py --rounds 5 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trl_memtrace import MemoryTracer, TracePolicy
+
+SHAPES: dict[str, dict[str, int]] = {
+    "5 ms": {"layers": 1, "hidden": 32, "rows": 1, "length": 16},
+    "250 ms": {"layers": 4, "hidden": 256, "rows": 8, "length": 128},
+}
+
+
+class Training:
+    """A plain loop over one small Llama."""
+
+    def __init__(self, layers: int, hidden: int, rows: int, length: int) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=hidden * 3,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=1024,
+        )
+        self.model = LlamaForCausalLM(config)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.ids = torch.randint(0, 1024, (rows, length))
+
+    def step(self) -> None:
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def plain(training: Training) -> Callable[[], None]:
+    return training.step
+
+
+def memtrace(policy: TracePolicy) -> Callable[[Training], Callable[[], None]]:
+    def make(training: Training) -> Callable[[], None]:
+        tracer = MemoryTracer(training.model, training.optimizer, policy=policy)
+
+        def step() -> None:
+            with tracer.step():
+                training.step()
+
+        return step
+
+    return make
+
+
+def torch_profiler(training: Training) -> Callable[[], None]:
+    def step() -> None:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+            training.step()
+
+    return step
+
+
+def mem_tracker(training: Training) -> Callable[[], None]:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    def step() -> None:
+        tracker = MemTracker()
+        tracker.track_external(training.model, training.optimizer)
+        with tracker:
+            training.step()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Training], Callable[[], None]]] = {
+    "plain": plain,
+    "MemTrace, by default": memtrace(TracePolicy()),
+    "MemTrace, every step traced": memtrace(TracePolicy(first_steps=0, every_n_steps=1)),
+    "torch.profiler, profile_memory": torch_profiler,
+    "MemTracker": mem_tracker,
+}
+
+
+def measure(shape: dict[str, int], rounds: int, steps: int, slow_steps: int) -> dict[str, dict[str, float]]:
+    """Seconds a step for each contender: median, mean, and the median of its ratios to plain, round by round."""
+    runs = {name: make(Training(**shape)) for name, make in CONTENDERS.items()}
+    for step in runs.values():
+        step()
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, step in runs.items():
+            taken = []
+            for _ in range(slow_steps if name in ("MemTracker", "torch.profiler, profile_memory") else steps):
+                began = time.perf_counter()
+                step()
+                taken.append(time.perf_counter() - began)
+            times[name].append(taken)
+    result = {}
+    for name, by_round in times.items():
+        ratios = [
+            statistics.median(taken) / statistics.median(reference)
+            for taken, reference in zip(by_round, times["plain"], strict=True)
+        ]
+        every = [seconds for taken in by_round for seconds in taken]
+        reference = [seconds for taken in times["plain"] for seconds in taken]
+        result[name] = {
+            "median_ms": statistics.median(every) * 1e3,
+            "ratio_of_medians": statistics.median(ratios),
+            "ratio_of_means": statistics.fmean(every) / statistics.fmean(reference),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
+    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn of a quick contender lasts")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    results = {}
+    for name, shape in SHAPES.items():
+        steps = max(4, round(options.seconds * 1e3 / float(name.split()[0])))
+        results[name] = measure(shape, options.rounds, steps, slow_steps=max(2, steps // 20))
+    if options.json:
+        print(json.dumps(results))
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, rows in results.items():
+        print(f"\na step of about {name}{'':<18}median     ratio of medians   ratio of means")
+        for contender, row in rows.items():
+            print(
+                f"  {contender:<32}{row['median_ms']:8.2f} ms {row['ratio_of_medians']:14.3f}x"
+                f" {row['ratio_of_means']:15.3f}x"
+            )
+
+
+if __name__ == "__main__":
+    main()
