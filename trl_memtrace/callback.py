@@ -109,7 +109,9 @@ class MemTrace(TrainerCallback):
         return self._path
 
     @_never_costs_the_run
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self._switch_off()
         if _active.get(model) is not None:
             _warn("this trainer has a MemTrace already; the second one is switched off")
@@ -120,7 +122,7 @@ class MemTrace(TrainerCallback):
         _active[model] = self
         self._tracer = MemoryTracer(
             _as_called(model, trainer),
-            kwargs.get("optimizer"),
+            optimizer,
             policy=self._policy,
             header=header,
             on_record=self._take,
@@ -131,9 +133,9 @@ class MemTrace(TrainerCallback):
         self._tell_sinks(lambda sink: sink.open(header))
 
     @_never_costs_the_run
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if self._tracer is not None:
-            self._tracer.begin_step(state.global_step + 1)
+            self._tracer.begin_step(state.global_step + 1, optimizer)
 
     @_never_costs_the_run
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

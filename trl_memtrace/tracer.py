@@ -138,14 +138,17 @@ class MemoryTracer:
             raise
         self.end_step()
 
-    def begin_step(self, number: int | None = None) -> None:
+    def begin_step(self, number: int | None = None, optimizer: Any = None) -> None:
         """A step begins.
 
         Args:
             number: what to call it in the record; one more than the last when not given.
+            optimizer: the optimizer from here on, where it has come or changed since.
         """
         if self._closed:
             return
+        if optimizer is not None:
+            self._optimizer = optimizer
         self.abandon_step()
         self._seen += 1
         self._number = self._number + 1 if number is None else number

@@ -73,14 +73,14 @@ class _ForeignProfilers:
     def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            starting = name != "_disable_profiler"
-            if starting:
-                for recorder in list(self._users):
-                    recorder.give_way()
-            try:
+            if name == "_disable_profiler":
+                self.active = False
                 return original(*args, **kwargs)
-            finally:
-                self.active = starting
+            for recorder in list(self._users):
+                recorder.give_way()
+            result = original(*args, **kwargs)
+            self.active = True
+            return result
 
         call._memtrace = self  # type: ignore[attr-defined]
         return call
