@@ -159,8 +159,9 @@ class _Names:
 
 
 def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
-    """The phases as stretches of the ledger. What is idle between a backward and the optimizer step is the
-    optimizer's: it is there that gradients are unscaled and clipped."""
+    """The phases as stretches of the ledger, from its first instant to its last. What is idle between a backward and
+    the optimizer step is the optimizer's: it is there that gradients are unscaled and clipped. An idle stretch without
+    events is left out, unless it is the last, whose end is the step's."""
     last = len(ledger.level) - 1
     phases = [Phase.IDLE, *timeline.phase]
     starts = [0, *ledger.instants(timeline.phase_ns).tolist()]
@@ -169,7 +170,8 @@ def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
             phases[index] = Phase.OPTIMIZER
     ends = [*starts[1:], last]
     spans = [Span(*row) for row in zip(phases, starts, ends, strict=True)]
-    return tuple(span for span in spans if span.phase is not Phase.IDLE or span.end > span.start)
+    kept = [span for span in spans[:-1] if span.phase is not Phase.IDLE or span.end > span.start]
+    return (*kept, spans[-1])
 
 
 def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
@@ -229,8 +231,8 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
 def _births(ledger: Ledger, spans: Sequence[Span], timeline: Timeline) -> tuple[Int64Array, Int64Array, Int64Array]:
     """For every block the phase and module it was born in, and the instant at which the outermost module then
     running had ended."""
-    starts = np.array([span.start for span in spans] or [0], np.int64)
-    codes = np.array([PHASE_CODE[span.phase] for span in spans] or [PHASE_CODE[Phase.IDLE]], np.int64)
+    starts = np.array([span.start for span in spans], np.int64)
+    codes = np.array([PHASE_CODE[span.phase] for span in spans], np.int64)
     # A block born at instant k came with the event between k-1 and k, which a phase starting at k-1 or before holds.
     born_phase = codes[np.maximum(np.searchsorted(starts, ledger.born, side="left") - 1, 0)]
 
