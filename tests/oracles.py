@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from trl_memtrace.attribution import Owner
 from trl_memtrace.categories import Category, Phase
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 UNIT = 512
 
