@@ -1,8 +1,8 @@
 """What watching costs: step times with MemTrace against none, torch.profiler with memory, and PyTorch's MemTracker.
 
-All contenders take turns in one process, a few steps each, so that a machine that speeds up or slows down meets them alike.
-Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean over all its
-steps, traced and counted.
+All contenders take turns in one process, a few steps each, so that a machine that speeds up or slows down meets them
+alike. Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean
+over all its steps, traced and counted.
 
     python benchmarks/overhead.py                 # a 5 ms step and a 250 ms step
     python benchmarks/overhead.py --rounds 5 --json

@@ -7,7 +7,8 @@ claims is told by its lifetime against the phases; what neither tells is unattri
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,8 +160,9 @@ class _Names:
 
 
 def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
-    """The phases as stretches of the ledger. What is idle between a backward and the optimizer step is the
-    optimizer's: it is there that gradients are unscaled and clipped."""
+    """The phases as stretches of the ledger, from its first instant to its last. What is idle between a backward and
+    the optimizer step is the optimizer's: it is there that gradients are unscaled and clipped. An idle stretch without
+    events is left out, unless it is the last, whose end is the step's."""
     last = len(ledger.level) - 1
     phases = [Phase.IDLE, *timeline.phase]
     starts = [0, *ledger.instants(timeline.phase_ns).tolist()]
@@ -169,7 +171,8 @@ def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
             phases[index] = Phase.OPTIMIZER
     ends = [*starts[1:], last]
     spans = [Span(*row) for row in zip(phases, starts, ends, strict=True)]
-    return tuple(span for span in spans if span.phase is not Phase.IDLE or span.end > span.start) or (spans[0],)
+    kept = [span for span in spans[:-1] if span.phase is not Phase.IDLE or span.end > span.start]
+    return (*kept, spans[-1])
 
 
 def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
@@ -178,7 +181,7 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
     Rules, first match wins (a block's *birth phase* is the phase in which it was allocated):
 
     1. It was claimed at any time in its life: the claim's category, weights before gradients before optimizer states
-       before inputs.
+       before inputs before all else; of equals the last.
     2. There before the recording: unattributed.
     3. Born in the backward inside a module's forward (checkpointing runs it again) and outliving that forward:
        activations, with the role ``recomputed``.
@@ -229,8 +232,8 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
 def _births(ledger: Ledger, spans: Sequence[Span], timeline: Timeline) -> tuple[Int64Array, Int64Array, Int64Array]:
     """For every block the phase and module it was born in, and the instant at which the outermost module then
     running had ended."""
-    starts = np.array([span.start for span in spans] or [0], np.int64)
-    codes = np.array([PHASE_CODE[span.phase] for span in spans] or [PHASE_CODE[Phase.IDLE]], np.int64)
+    starts = np.array([span.start for span in spans], np.int64)
+    codes = np.array([PHASE_CODE[span.phase] for span in spans], np.int64)
     # A block born at instant k came with the event between k-1 and k, which a phase starting at k-1 or before holds.
     born_phase = codes[np.maximum(np.searchsorted(starts, ledger.born, side="left") - 1, 0)]
 
@@ -272,23 +275,34 @@ def find_claimed(ledger: Ledger, claims: Claims) -> Int64Array:
 def fold_modules(table: Mapping[str, Mapping[Category, int]], limit: int) -> dict[str, dict[Category, int]]:
     """At most ``limit`` named modules: the smallest are added to their parents, so that no byte is lost.
 
+    A module is folded after all that it is made of. Its parent then holds the whole of it, and what is small by itself
+    but large together, such as the adapters of a layer, stays as near to its place as ``limit`` allows.
+
     Args:
         table: bytes by module and category; ``""`` holds what belongs to no module and is not counted.
         limit: how many modules to keep, at least 1.
     """
     folded = {name: dict(row) for name, row in table.items()}
-    heap = [(sum(row.values()), name) for name, row in folded.items() if name != ROOT_MODULE]
+    parts = Counter(above for name in folded for above in _ancestors(name))
+    heap = [(sum(row.values()), name) for name, row in folded.items() if name != ROOT_MODULE and not parts[name]]
     heapq.heapify(heap)
-    named = len(heap)
+    named = len(folded) - (ROOT_MODULE in folded)
     while named > limit:
-        total, name = heapq.heappop(heap)
-        if name not in folded or total != sum(folded[name].values()):
-            continue  # it has grown, or been folded, since this entry was made
+        _, name = heapq.heappop(heap)
         parent = name.rpartition(".")[0]
-        named += (parent not in folded and parent != ROOT_MODULE) - 1
+        parts[parent] -= 1
+        if parent in folded or parent == ROOT_MODULE:
+            named -= 1
+            parts.subtract(_ancestors(parent))
         into = folded.setdefault(parent, {})
         for category, size in folded.pop(name).items():
             into[category] = into.get(category, 0) + size
-        if parent != ROOT_MODULE:
+        if parent != ROOT_MODULE and not parts[parent]:
             heapq.heappush(heap, (sum(into.values()), parent))
     return folded
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """``"a.b.c"`` -> ``"a.b"``, ``"a"``."""
+    while name := name.rpartition(".")[0]:
+        yield name

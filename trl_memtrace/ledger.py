@@ -138,7 +138,7 @@ class Ledger:
         order = np.lexsort((self.born, self.address))
         sorted_address, sorted_born = self.address[order], self.born[order]
         # Rank of an address, then births within it, as one key: the last block at an address born by then.
-        distinct, rank = np.unique(sorted_address, return_inverse=True)
+        distinct, first, rank = np.unique(sorted_address, return_index=True, return_inverse=True)
         span = len(self.level) + 1
         keys = rank * span + sorted_born
         wanted_rank = np.searchsorted(distinct, wanted, side="right") - 1
@@ -146,10 +146,17 @@ class Ledger:
         candidate = order[np.maximum(place, 0)]
         good = (place >= 0) & self._holds(candidate, wanted, when)
         found[good] = candidate[good]
-        for index in np.flatnonzero(~good):  # inside a larger block whose address others have had in the meantime
-            holding = np.flatnonzero(self._holds(np.arange(len(self.size)), wanted[index], when[index]))
+        # Else it may lie inside a block that starts further below. Most that are not found were never in any: those
+        # that no block starting at or below them ever reached.
+        reach = distinct + np.maximum(np.maximum.reduceat(self.size[order], first), 1)
+        reached = (wanted_rank >= 0) & (np.maximum.accumulate(reach)[wanted_rank] > wanted)
+        for index in np.flatnonzero(~good & reached):
+            around = np.flatnonzero(reach[: wanted_rank[index] + 1] > wanted[index])
+            last = np.searchsorted(keys, around * span + when[index], side="right") - 1
+            around = order[last[last >= 0]]
+            holding = around[self._holds(around, wanted[index], when[index])]
             if len(holding):
-                found[index] = holding[-1]
+                found[index] = holding.max()
         return found
 
     def _holds(self, block: Int64Array, address: Int64Array, instant: Int64Array) -> BoolArray:

@@ -22,6 +22,9 @@ _MAX_DEPTH = 4
 Row = tuple[int, int, int, int]
 """time_ns, address, size, owner: a row of ``attribution.Claims``."""
 
+Found = tuple[Row, torch.UntypedStorage]
+"""A claim, and the storage that it is about."""
+
 
 def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with storages of their own that a tensor is made of: itself, or the parts of a wrapper subclass
@@ -76,21 +79,21 @@ class Owners:
     def __init__(self, model: nn.Module, optimizer: Any, device_type: str) -> None:
         self.owners: list[Owner] = []
         self._device_type = device_type
-        self._numbers: dict[Owner, int] = {}
+        self._numbers: dict[tuple[Category, str, str], int] = {}
         self._optimizer = inner_optimizer(optimizer)
         self._parameters: list[nn.Parameter] = []
         self._extras: list[tuple[torch.Tensor, int]] = []
         self._place: dict[int, tuple[str, str]] = {}  # by id of a parameter: its module's name, and what kind it is
         self._walk(model)
 
-    def weights(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+    def weights(self, time_ns: int) -> Iterator[Found]:
         """Parameters, buffers, and what quantization keeps beside them."""
         for tensor, number in self._extras:  # first, since the last claim of equal trust stands
             yield from self._rows(time_ns, tensor, number)
         for parameter in self._parameters:
             yield from self._rows(time_ns, parameter, self._owner_of(Category.WEIGHTS, parameter))
 
-    def gradients(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+    def gradients(self, time_ns: int) -> Iterator[Found]:
         """The ``.grad`` of every parameter that has one."""
         for parameter in self._parameters:
             yield from self.gradient(time_ns, parameter)
@@ -101,13 +104,13 @@ class Owners:
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 yield parameter
 
-    def gradient(self, time_ns: int, parameter: nn.Parameter) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+    def gradient(self, time_ns: int, parameter: nn.Parameter) -> Iterator[Found]:
         """The ``.grad`` of one parameter."""
         gradient = parameter.grad if parameter.is_leaf else None
         if gradient is not None:
             yield from self._rows(time_ns, gradient, self._owner_of(Category.GRADIENTS, parameter))
 
-    def optimizer_states(self, time_ns: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+    def optimizer_states(self, time_ns: int) -> Iterator[Found]:
         """What ``optimizer.state`` holds, by the name of each state, and tensors among the hyperparameters."""
         state = getattr(self._optimizer, "state", None)
         if isinstance(state, Mapping):
@@ -124,30 +127,33 @@ class Owners:
                     for tensor in tensors_in(value):
                         yield from self._rows(time_ns, tensor, number)
 
-    def inputs(self, time_ns: int, batch: Any) -> Iterator[tuple[Row, torch.UntypedStorage]]:
+    def inputs(self, time_ns: int, batch: Any) -> Iterator[Found]:
         """The tensors that the model is called with."""
         number = self._number(Category.INPUTS, "batch", ROOT_MODULE)
         for tensor in tensors_in(batch):
             yield from self._rows(time_ns, tensor, number)
 
-    def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> Iterator[tuple[Row, torch.UntypedStorage]]:
-        for part in dense_parts(tensor):
+    def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> list[Found]:
+        plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
+        found: list[Found] = []
+        for part in (tensor,) if plain else dense_parts(tensor):
             if part.device.type == self._device_type:
                 storage = part.untyped_storage()
                 size = storage.nbytes()
                 if size:
-                    yield (time_ns, storage.data_ptr(), size, number), storage
+                    found.append(((time_ns, storage.data_ptr(), size, number), storage))
+        return found
 
     def _owner_of(self, category: Category, parameter: nn.Parameter) -> int:
         module, kind = self._place[id(parameter)]
         return self._number(category, kind, module)
 
     def _number(self, category: Category, detail: str, module: str) -> int:
-        owner = Owner(category, role(category, detail), module)
-        number = self._numbers.get(owner)
+        key = (category, detail, module)
+        number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[owner] = len(self.owners)
-            self.owners.append(owner)
+            number = self._numbers[key] = len(self.owners)
+            self.owners.append(Owner(category, role(category, detail), module))
         return number
 
     def _walk(self, model: nn.Module) -> None:
@@ -158,7 +164,7 @@ class Owners:
             if adapter:
                 adapters.add(name)
             # PEFT's tuner layers say themselves which of their attributes are the adapter's.
-            for attribute in getattr(module, "adapter_layer_names", ()):
+            for attribute in getattr(type(module), "adapter_layer_names", ()):
                 adapters.add(f"{name}.{attribute}" if name else attribute)
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in self._place:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,24 @@ def category_table(sizes: Mapping[Category, int]) -> dict[str, int]:
     return {category.value: sizes.get(category, 0) for category in CATEGORIES}
 
 
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def _integer_or_none(value: Any) -> int | None:
+    return None if value is None else _integer(value)
+
+
+def _sizes(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: _integer(size) for name, size in row.items()}
+
+
+def _categories(row: Mapping[str, Any]) -> Categories:
+    return {category.value: _integer_or_none(row[category.value]) for category in CATEGORIES}
+
+
 @dataclass(frozen=True, slots=True)
 class PhaseRecord:
     """One phase of a step: the highest level in it, the level at its end, and what was alive at both."""
@@ -49,7 +68,12 @@ class PhaseRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PhaseRecord:
-        return cls(data["peak_bytes"], data["end_bytes"], data["at_peak"], data["at_end"])
+        return cls(
+            peak_bytes=_integer(data["peak_bytes"]),
+            end_bytes=_integer(data["end_bytes"]),
+            at_peak=_categories(data["at_peak"]),
+            at_end=_categories(data["at_end"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +115,12 @@ class Peak:
         phase = data.get("phase")
         return cls(
             phase=Phase(phase) if phase else None,
-            bytes=data["bytes"],
-            allocator_bytes=data["allocator_bytes"],
-            categories=data["categories"],
-            roles=data.get("roles", {}),
-            modules=data.get("modules", {}),
-            step=data.get("step"),
+            bytes=_integer_or_none(data["bytes"]),
+            allocator_bytes=_integer_or_none(data["allocator_bytes"]),
+            categories=_categories(data["categories"]),
+            roles=_sizes(data.get("roles", {})),
+            modules={name: _sizes(row) for name, row in data.get("modules", {}).items()},
+            step=_integer_or_none(data.get("step")),
         )
 
 
@@ -137,13 +161,13 @@ class StepRecord:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StepRecord:
         return cls(
-            step=data["step"],
-            traced=data["traced"],
+            step=_integer(data["step"]),
+            traced=bool(data["traced"]),
             phases={name: PhaseRecord.from_json(phase) for name, phase in data["phases"].items()},
             peak=Peak.from_json(data["peak"]),
-            reserved_bytes=data["reserved_bytes"],
-            seconds=data["seconds"],
-            tracing_seconds=data.get("tracing_seconds", 0.0),
+            reserved_bytes=_integer_or_none(data["reserved_bytes"]),
+            seconds=float(data["seconds"]),
+            tracing_seconds=float(data.get("tracing_seconds", 0.0)),
         )
 
 
@@ -173,7 +197,7 @@ class RunHeader:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunHeader:
         keys = ("device", "versions", "model", "trainer", "args")
-        return cls(data.get("source", "run"), *(data.get(key, {}) for key in keys))
+        return cls(data.get("source", "run"), *(dict(data.get(key, {})) for key in keys))
 
 
 @dataclass(slots=True)
@@ -236,7 +260,7 @@ class Summary:
             "source": self.header.source,
             "steps": self.steps,
             "traced_steps": self.traced_steps,
-            "peak": self.peak.to_json(),
+            "peak": {**self.peak.to_json(), "step": self.peak.step},
             "phases": {name: phase.to_json() for name, phase in self.worst_phases.items()},
             "end": {
                 "bytes": end.end_bytes if end else None,
@@ -316,17 +340,10 @@ class RunTrace:
         Raises:
             RecordError: there is no record, it is of a newer schema, or it is something else altogether.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = next(
-                (
-                    place
-                    for place in (file / record_name(rank), file / "memtrace" / record_name(rank))
-                    if place.is_file()
-                ),
-                file,
-            )
-        if not file.is_file():
+        folder = Path(path)
+        places = (folder, folder / record_name(rank), folder / "memtrace" / record_name(rank))
+        file = next((place for place in places if os.path.isfile(place)), None)
+        if file is None:
             raise RecordError(
                 f"no record at {path}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace) or one of its files"
             )
@@ -337,7 +354,8 @@ class RunTrace:
             raise RecordError(f"cannot read {file}: {problem.strerror or problem}") from problem
         except RecordError as problem:
             raise RecordError(f"{file}: {problem}") from None
-        run.rank = rank
+        named = RECORD_NAME.fullmatch(file.name)
+        run.rank = int(named[1]) if named else rank
         return run
 
     @classmethod
@@ -391,6 +409,9 @@ def _flat(step: StepRecord) -> dict[str, Any]:
     return row
 
 
+RECORD_NAME = re.compile(r"rank-(\d+)\.jsonl")
+
+
 def record_name(rank: int) -> str:
     """The file that a process writes: ``rank-00000.jsonl``."""
     return f"rank-{rank:05d}.jsonl"
@@ -398,4 +419,4 @@ def record_name(rank: int) -> str:
 
 def dump_line(data: Mapping[str, Any]) -> str:
     """One record as one line."""
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=False, default=str) + "\n"
+    return json.dumps(data, separators=(",", ":"), default=str) + "\n"

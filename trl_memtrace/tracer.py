@@ -16,7 +16,7 @@ from .attribution import Books, Claims, Span, attribute, find_claimed, fold_modu
 from .categories import PHASES, Category, Phase
 from .errors import MemtraceWarning
 from .ledger import Int64Array, Ledger
-from .owners import Owners, Row, activation_roles, tensors_in
+from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, PhaseWatch
 from .recorders import Recorder, RecorderBusyError, Recording
 from .records import Peak, PhaseRecord, RunHeader, RunTrace, StepRecord, Summary, category_table
@@ -329,7 +329,7 @@ class _Window:
             handle.remove()
         self._handles.clear()
 
-    def _claim_standing(self, found: Iterable[tuple[Row, Any]]) -> None:
+    def _claim_standing(self, found: Iterable[Found]) -> None:
         """Claim storages that may be older than the recording, and look out for their end."""
         rows, storages = [], []
         for row, storage in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 KIB = 1024
 MIB = 1024**2
@@ -27,7 +28,7 @@ def format_bytes(size: int | None) -> str:
         return "-"
     value = float(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
+        if round(abs(value), 2) < 1024:
             return f"{size} B" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1024
     return f"{value:.2f} TiB"
@@ -52,8 +53,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: ``text`` is not a number with an optional unit of B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-zA-Z]*)\s*", text)
     unit = (match.group(2) or "b").lower() if match else ""
     if match is None or unit not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write a number with a unit, such as 40GiB or 512MiB")
-    return round(float(match.group(1)) * _UNITS[unit])
+    return round(Fraction(match.group(1)) * _UNITS[unit])

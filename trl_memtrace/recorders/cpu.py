@@ -173,7 +173,7 @@ class CpuRecorder(Recorder):
         collecting = gc.isenabled()
         gc.disable()  # thousands of small tuples in one go would only set it off
         try:
-            rows = _allocations(result.experimental_event_tree())
+            rows = _allocations(result.experimental_event_tree(), mixed=torch.accelerator.is_available())
         finally:
             if collecting:
                 gc.enable()
@@ -214,15 +214,16 @@ class CpuRecorder(Recorder):
         return self._thread == threading.get_ident() and not self._given_way
 
 
-def _allocations(tree: Iterable[Any]) -> list[tuple[int, int, int, int]]:
-    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree."""
+def _allocations(tree: Iterable[Any], mixed: bool) -> list[tuple[int, int, int, int]]:
+    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree; where it is mixed, that
+    of the CPU."""
     rows: list[tuple[int, int, int, int]] = []
     pending = [tree]
     while pending:
         for event in pending.pop():
             fields = event.extra_fields
             if type(fields) is _ExtraFields_Allocation:
-                if fields.alloc_size and fields.device == _CPU_DEVICE:
+                if fields.alloc_size and not (mixed and fields.device != _CPU_DEVICE):
                     rows.append((event.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated))
             else:
                 pending.append(event.children)
