@@ -135,6 +135,11 @@ class PhaseWatch:
         return self._phase
 
     @property
+    def sees_optimizer(self) -> bool:
+        """Whether it is told of the optimizer's steps; an optimizer that is not torch's has no hooks."""
+        return isinstance(self._optimizer, torch.optim.Optimizer)
+
+    @property
     def module(self) -> str:
         """The innermost module whose forward is under way, ``""`` outside all."""
         return self._names[self._stack[-1]] if self._stack else ""
@@ -144,7 +149,7 @@ class PhaseWatch:
         for name, module in hookable_modules(self._model):
             self._hook_module(len(self._names), name, module)
         backward_watch.add(self._backward)
-        if isinstance(self._optimizer, torch.optim.Optimizer):
+        if self.sees_optimizer:
             self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))
             self._handles.append(self._optimizer.register_step_post_hook(self._optimizer_end))
 

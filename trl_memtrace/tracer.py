@@ -309,9 +309,10 @@ class _Window:
                 hooks.update(theirs)
 
     def close(self) -> _Recorded | None:
+        if not self.phases.sees_optimizer:
+            self._claim_gradients()
+            self._claim_states()
         self._unhook()
-        self._claim_gradients()
-        self._claim_states()
         recording = self._recorder.stop()
         owners, self._owners = self._owners, None
         if recording is None or owners is None:

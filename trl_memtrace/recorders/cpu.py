@@ -215,8 +215,8 @@ class CpuRecorder(Recorder):
 
 
 def _allocations(tree: Iterable[Any], mixed: bool) -> list[tuple[int, int, int, int]]:
-    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree; where it is mixed, that
-    of the CPU."""
+    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree; where it is mixed,
+    that of the CPU."""
     rows: list[tuple[int, int, int, int]] = []
     pending = [tree]
     while pending:
