@@ -265,12 +265,12 @@ def test_a_full_disk_costs_the_record_and_not_the_run(tmp_path):
 
 
 def test_memtraces_own_failure_switches_it_off_and_training_goes_on(tmp_path, monkeypatch):
-    from trl_memtrace import tracer as tracer_module
+    from trl_memtrace import bookkeeping
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(tracer_module, "attribute", broken)
+    monkeypatch.setattr(bookkeeping, "attribute", broken)
     trainer = tiny.trainer(tmp_path)
     trainer.add_callback(MemTrace())
     with pytest.warns(MemtraceWarning, match="switched itself off") as caught:

@@ -392,7 +392,7 @@ class TestSize:
         return StepRecord(number, True, phases, peak, size, 0.123456, 0.012345)
 
     def test_over_10_000_steps_a_counted_line_is_under_2_kb_and_a_traced_one_under_20(self, tmp_path: Path) -> None:
-        from trl_memtrace.tracer import MAX_MODULES
+        from trl_memtrace.bookkeeping import MAX_MODULES
 
         assert MAX_MODULES == 64
         summary, longest = Summary(HEADER), {True: 0, False: 0}

@@ -19,7 +19,8 @@ from .categories import CATEGORY_CODE, PHASE_CODE, PHASES, Category, Phase, role
 from .ledger import NEVER, BoolArray, Int64Array
 from .recorders.snapshot import DeviceHistory
 
-_OPTIMIZER, _ENGINE, _FORWARD, _LOAD, _CHECKPOINT, _PYTHON = (1 << bit for bit in range(6))
+_OPTIMIZER, _ENGINE, _FORWARD, _LOAD, _CHECKPOINT, _PYTHON, _WORKSPACE = (1 << bit for bit in range(7))
+_WORKSPACES = ("getCurrentCUDABlasHandle", "getNewWorkspace", "getCUDABlasLtWorkspace", "getNewCUDABlasLtWorkspace")
 _LOADERS = frozenset(
     ("_apply", "load_state_dict", "from_pretrained", "_load_pretrained_model", "_load_state_dict_into_meta_model")
 )
@@ -44,13 +45,14 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
 
     1. There before the history, and never gone: weights. Gone within it: a gradient where ``zero_grad`` let it go, an
        activation where a backward did, else unattributed.
-    2. Born in an optimizer's step: optimizer state where it outlives the step, else a temporary.
-    3. Born in the backward: a recomputed activation where checkpointing runs a forward again; a gradient where it
+    2. Made for cuBLAS to work in: a temporary, though it stays.
+    3. Born in an optimizer's step: optimizer state where it outlives the step, else a temporary.
+    4. Born in the backward: a recomputed activation where checkpointing runs a forward again; a gradient where it
        outlives the backward; else a temporary.
-    4. Born elsewhere, and alive when a backward began: weights where it outlives every backward and was made by
+    5. Born elsewhere, and alive when a backward began: weights where it outlives every backward and was made by
        loading, or by nobody's forward; else an activation.
-    5. Gone by the end: a temporary of its phase.
-    6. Never gone: weights where it was made by loading, else unattributed.
+    6. Gone by the end: a temporary of its phase.
+    7. Never gone: weights where it was made by loading, else unattributed.
 
     Args:
         history: one device's history.
@@ -98,6 +100,7 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
     loading = elsewhere & ((born_mask & _LOAD) != 0) & ((born_mask & _FORWARD) == 0)
     kept = ~gone & (finish >= 0) & (born <= finish)
     outside_forward = elsewhere & ((born_mask & _FORWARD) == 0) & ((born_mask & _PYTHON) != 0)
+    put((born_mask & _WORKSPACE) != 0, Category.TEMPORARIES, "workspace")
     put(before & ~gone, Category.WEIGHTS, "before_step")
     put(before & died_zeroing, Category.GRADIENTS, "before_step")
     put(before & gone & (died_phase == PHASE_CODE[Phase.BACKWARD]), Category.ACTIVATIONS, "before_step")
@@ -189,6 +192,8 @@ def _frame_mask(frame: Any) -> int:
         return 0
     name, file = str(frame.get("name", "")), str(frame.get("filename", "")).replace("\\", "/")
     if not file.endswith(".py"):
+        if any(workspace in name for workspace in _WORKSPACES):
+            return _WORKSPACE
         return _ENGINE if "torch::autograd::Engine::" in name or "PythonEngine::" in name else 0
     mask = _PYTHON
     if file.endswith("torch/optim/optimizer.py") and name == "wrapper":

@@ -5,29 +5,23 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from .attribution import Books, Claims, Span, attribute, find_claimed, fold_modules
-from .categories import PHASES, Category, Phase
+from .attribution import Claims
+from .bookkeeping import keep_books, step_record
 from .errors import MemtraceWarning
-from .ledger import Int64Array, Ledger
 from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, PhaseWatch
 from .recorders import Recorder, RecorderBusyError, Recording
-from .records import Peak, PhaseRecord, RunHeader, RunTrace, StepRecord, Summary, category_table
+from .records import Peak, RunHeader, RunTrace, StepRecord, Summary
 
 if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
-
-MAX_MODULES = 64
-"""How many modules a step's record names; smaller ones are counted with their parents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +216,7 @@ class MemoryTracer:
             )
             return None
         books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
-        return _step_record(self._number, books, allocator, seconds)
+        return step_record(self._number, books, allocator, seconds)
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
@@ -383,76 +377,4 @@ def _recorder_for(device_type: str) -> Recorder | None:
     return None
 
 
-def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Books, Int64Array]:
-    """The books of one recording, and the allocator's own level beside them.
-
-    What owners hold and no event made was there before the recording: it is the baseline.
-
-    Returns:
-        the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
-    """
-    ledger = Ledger.of(recording.events)
-    unknown = find_claimed(ledger, claims) < 0
-    rows = np.flatnonzero(unknown)
-    _, first = np.unique(claims.address[rows], return_index=True)
-    baseline = claims.take(rows[first])
-    ledger = Ledger.of(recording.events, baseline.address, baseline.size)
-    reported = recording.reported.copy()
-    reported[ledger.strays] = 0
-    # The allocator never counted what is older than the recording: its end counts as the baseline's bytes.
-    older = (ledger.born == 0) & (ledger.died <= len(reported))
-    reported[ledger.died[older] - 1] = np.where(
-        recording.events.size[ledger.died[older] - 1] < 0,
-        -ledger.size[older],
-        reported[ledger.died[older] - 1] - ledger.size[older],
-    )
-    allocator = int(ledger.level[0]) + np.concatenate([[0], np.cumsum(reported)])
-    return attribute(ledger, claims, timeline), allocator
-
-
-def _step_record(number: int, books: Books, allocator: Int64Array, seconds: float) -> StepRecord:
-    peak = books.peak(books.spans)
-    phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
-    phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
-    modules = fold_modules(books.modules_at(peak), MAX_MODULES)
-    return StepRecord(
-        step=number,
-        traced=True,
-        phases=phases,
-        peak=Peak(
-            phase=phase or books.spans[0].phase,
-            bytes=int(allocator[peak]),
-            allocator_bytes=int(allocator[peak]),
-            categories=_categories(books, allocator, peak),
-            roles=books.roles_at(peak),
-            modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
-        ),
-        reserved_bytes=None,
-        seconds=seconds,
-    )
-
-
-def _by_phase(spans: Sequence[Span]) -> Iterator[tuple[Phase, list[Span]]]:
-    for phase in PHASES:
-        found = [span for span in spans if span.phase is phase]
-        if found:
-            yield phase, found
-
-
-def _phase_record(books: Books, allocator: Int64Array, spans: list[Span]) -> PhaseRecord:
-    peak, end = books.peak(spans), spans[-1].end
-    return PhaseRecord(
-        int(allocator[peak]),
-        int(allocator[end]),
-        _categories(books, allocator, peak),
-        _categories(books, allocator, end),
-    )
-
-
-def _categories(books: Books, allocator: Int64Array, instant: int) -> dict[str, int]:
-    table = category_table(books.categories_at(instant))
-    table[Category.UNATTRIBUTED] += int(allocator[instant] - books.ledger.level[instant])
-    return table
-
-
-__all__ = ["MAX_MODULES", "MemoryTracer", "TracePolicy", "device_type_of", "keep_books"]
+__all__ = ["MemoryTracer", "TracePolicy", "device_type_of"]

@@ -49,7 +49,7 @@ def render_summary(summary: Summary, path: Path | None = None) -> RenderableType
     parts: list[RenderableType] = [Text(), _headline(summary)]
     if summary.worst is not None and summary.worst.traced:
         peak = summary.peak
-        tables = _category_table(peak, summary.worst.phases), _module_table(peak)
+        tables = category_table(peak, summary.worst.phases), _module_table(peak)
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
     parts += [Text(note, style="dim") for note in _notes(summary, path)]
     return Padding(Group(*parts), (0, 1, 1, 1))
@@ -79,7 +79,8 @@ def _headline(summary: Summary) -> Text:
     return line
 
 
-def _category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
+def category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
+    """What every category held at the peak and in each phase."""
     shown = [(phase.value, phases[phase.value]) for phase in _SHOWN_PHASES if phase.value in phases]
     unit, scale = common_unit(peak.bytes)
 

@@ -1,0 +1,89 @@
+"""From a recording to the record of a step: the books, balanced against the allocator's own count. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .attribution import Books, Claims, Span, attribute, find_claimed, fold_modules
+from .categories import PHASES, Category, Phase
+from .ledger import Int64Array, Ledger
+from .recorders import Recording
+from .records import Peak, PhaseRecord, StepRecord, category_table
+
+MAX_MODULES = 64
+"""How many modules a step's record names; smaller ones are counted with their parents."""
+
+
+def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Books, Int64Array]:
+    """The books of one recording, and the allocator's own level beside them.
+
+    What owners hold and no event made was there before the recording: it is the baseline.
+
+    Returns:
+        the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
+    """
+    ledger = Ledger.of(recording.events)
+    unknown = find_claimed(ledger, claims) < 0
+    rows = np.flatnonzero(unknown)
+    _, first = np.unique(claims.address[rows], return_index=True)
+    baseline = claims.take(rows[first])
+    ledger = Ledger.of(recording.events, baseline.address, baseline.size)
+    reported = recording.reported.copy()
+    reported[ledger.strays] = 0
+    # The allocator never counted what is older than the recording: its end counts as the baseline's bytes.
+    older = (ledger.born == 0) & (ledger.died <= len(reported))
+    reported[ledger.died[older] - 1] = np.where(
+        recording.events.size[ledger.died[older] - 1] < 0,
+        -ledger.size[older],
+        reported[ledger.died[older] - 1] - ledger.size[older],
+    )
+    allocator = int(ledger.level[0]) + np.concatenate([[0], np.cumsum(reported)])
+    return attribute(ledger, claims, timeline), allocator
+
+
+def step_record(number: int, books: Books, allocator: Int64Array, seconds: float) -> StepRecord:
+    peak = books.peak(books.spans)
+    phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
+    phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
+    modules = fold_modules(books.modules_at(peak), MAX_MODULES)
+    return StepRecord(
+        step=number,
+        traced=True,
+        phases=phases,
+        peak=Peak(
+            phase=phase or books.spans[0].phase,
+            bytes=int(allocator[peak]),
+            allocator_bytes=int(allocator[peak]),
+            categories=_categories(books, allocator, peak),
+            roles=books.roles_at(peak),
+            modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
+        ),
+        reserved_bytes=None,
+        seconds=seconds,
+    )
+
+
+def _by_phase(spans: Sequence[Span]) -> Iterator[tuple[Phase, list[Span]]]:
+    for phase in PHASES:
+        found = [span for span in spans if span.phase is phase]
+        if found:
+            yield phase, found
+
+
+def _phase_record(books: Books, allocator: Int64Array, spans: list[Span]) -> PhaseRecord:
+    peak, end = books.peak(spans), spans[-1].end
+    return PhaseRecord(
+        int(allocator[peak]),
+        int(allocator[end]),
+        _categories(books, allocator, peak),
+        _categories(books, allocator, end),
+    )
+
+
+def _categories(books: Books, allocator: Int64Array, instant: int) -> dict[str, int]:
+    table = category_table(books.categories_at(instant))
+    table[Category.UNATTRIBUTED] += int(allocator[instant] - books.ledger.level[instant])
+    return table
