@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from .attribution import Books, Claims, Span, attribute, find_claimed, fold_modules
+from .attribution import Books, Claims, Span, Timeline, attribute, find_claimed, fold_modules
 from .categories import PHASES, Category, Phase
 from .ledger import Int64Array, Ledger
-from .recorders import Recording
+from .recorders import Recording, WholeRecording
 from .records import Peak, PhaseRecord, StepRecord, category_table
 
 MAX_MODULES = 64
 """How many modules a step's record names; smaller ones are counted with their parents."""
 
 
-def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Books, Int64Array]:
+def keep_books(recording: Recording | WholeRecording, claims: Claims, timeline: Timeline) -> tuple[Books, Int64Array]:
     """The books of one recording, and the allocator's own level beside them.
-
-    What owners hold and no event made was there before the recording: it is the baseline.
 
     Returns:
         the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
     """
+    if isinstance(recording, Recording):
+        ledger, allocator = _with_owners_baseline(recording, claims)
+        return attribute(ledger, claims, timeline), allocator
+    books = attribute(recording.ledger, claims, timeline)
+    level = recording.ledger.level
+    allocator = level + (recording.end_bytes - level[-1])
+    if recording.peak_bytes is not None:
+        allocator[books.peak(books.spans)] = recording.peak_bytes
+    return books, allocator
+
+
+def _with_owners_baseline(recording: Recording, claims: Claims) -> tuple[Ledger, Int64Array]:
+    """What owners hold and no event made was there before the recording: it is the baseline."""
     ledger = Ledger.of(recording.events)
     unknown = find_claimed(ledger, claims) < 0
     rows = np.flatnonzero(unknown)
@@ -41,10 +51,12 @@ def keep_books(recording: Recording, claims: Claims, timeline: Any) -> tuple[Boo
         reported[ledger.died[older] - 1] - ledger.size[older],
     )
     allocator = int(ledger.level[0]) + np.concatenate([[0], np.cumsum(reported)])
-    return attribute(ledger, claims, timeline), allocator
+    return ledger, allocator
 
 
-def step_record(number: int, books: Books, allocator: Int64Array, seconds: float) -> StepRecord:
+def step_record(
+    number: int, books: Books, allocator: Int64Array, seconds: float, reserved_bytes: int | None = None
+) -> StepRecord:
     peak = books.peak(books.spans)
     phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
     phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
@@ -61,7 +73,7 @@ def step_record(number: int, books: Books, allocator: Int64Array, seconds: float
             roles=books.roles_at(peak),
             modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
         ),
-        reserved_bytes=None,
+        reserved_bytes=reserved_bytes,
         seconds=seconds,
     )
 

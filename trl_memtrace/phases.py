@@ -144,10 +144,12 @@ class PhaseWatch:
         """The innermost module whose forward is under way, ``""`` outside all."""
         return self._names[self._stack[-1]] if self._stack else ""
 
-    def install(self) -> None:
-        """Put every hook in place."""
+    def install(self, modules: bool = True) -> None:
+        """Put every hook in place; those on the model's parts only to tell modules apart."""
         for name, module in hookable_modules(self._model):
             self._hook_module(len(self._names), name, module)
+            if not modules:
+                break
         backward_watch.add(self._backward)
         if self.sees_optimizer:
             self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))

@@ -9,7 +9,7 @@ import platform
 from typing import Any
 
 from .records import RunHeader
-from .tracer import device_type_of
+from .tracer import device_of
 
 _PACKAGES = (
     "trl-memtrace",
@@ -64,7 +64,7 @@ def describe_run(args: Any, model: Any, trainer: Any = None, policy: dict[str, A
     """
     settings = args.to_dict()
     return RunHeader(
-        device=describe_device(device_type_of(model)),
+        device=describe_device(*device_of(model)),
         versions=versions(),
         model=describe_model(model),
         trainer={
@@ -88,13 +88,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_device(device_type: str) -> dict[str, Any]:
+def describe_device(device_type: str, index: int) -> dict[str, Any]:
     """Name and bytes of the device that the model is on."""
     if device_type == "cuda":
         import torch
 
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return {"type": device_type, "name": properties.name, "total_bytes": properties.total_memory}
+        properties = torch.cuda.get_device_properties(index)
+        return {"type": device_type, "index": index, "name": properties.name, "total_bytes": properties.total_memory}
     if device_type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         return {"type": device_type, "name": platform.processor() or platform.machine(), "total_bytes": total}

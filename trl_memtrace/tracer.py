@@ -15,7 +15,7 @@ from .bookkeeping import keep_books, step_record
 from .errors import MemtraceWarning
 from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, PhaseWatch
-from .recorders import Recorder, RecorderBusyError, Recording
+from .recorders import Recorder, RecorderBusyError, Recording, WholeRecording
 from .records import Peak, RunHeader, RunTrace, StepRecord, Summary
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class MemoryTracer:
         self._steps: list[StepRecord] = []
         self._on_record = on_record or self._steps.append
         self.summary = Summary(header or RunHeader())
-        self._device_type = device_type_of(model)
-        self._recorder = _recorder_for(self._device_type)
+        self._recorder: Recorder | None = None
         self._roles: dict[str, str] | None = None
         self._largest_batch = 0
         self._seen = 0
@@ -106,14 +105,19 @@ class MemoryTracer:
         self._closed = False
         self._window: _Window | None = None
         self._number = 0
+        self._planned = False
+        self._owners: Owners | None = None
         self._began = 0.0
         self._tracing_seconds = 0.0
         self._size_hook: Any = None
+        device_type, index = device_of(model)
+        with self._guarded():
+            self._recorder = _recorder_for(device_type, index)
+        if self._closed:
+            return
         if self._recorder is None:
-            self._warn_once(
-                "device", f"memory of {self._device_type} devices cannot be traced yet; steps are only counted"
-            )
-        elif self._policy.new_highs:
+            self._warn_once("device", f"memory of {device_type} devices cannot be traced yet; steps are only counted")
+        elif self._policy.new_highs and not self._recorder.sees_every_step:
             self._size_hook = model.register_forward_pre_hook(self._batch_seen, with_kwargs=True, prepend=True)
 
     @property
@@ -148,7 +152,8 @@ class MemoryTracer:
         self._number = self._number + 1 if number is None else number
         self._began = time.perf_counter()
         self._tracing_seconds = 0.0
-        if self._policy.wants(self._seen):
+        self._planned = self._policy.wants(self._seen)
+        if self._planned or (self._recorder is not None and self._recorder.sees_every_step):
             self._start_window()
 
     def end_step(self) -> StepRecord | None:
@@ -159,7 +164,9 @@ class MemoryTracer:
         record: StepRecord | None = None
         with self._timed(), self._guarded():
             record = self._close_books(seconds)
-        record = record or StepRecord(self._number, False, {}, Peak(), None, seconds)
+        if record is None:
+            reserved = self._recorder.reserved_bytes() if self._recorder is not None else None
+            record = StepRecord(self._number, False, {}, Peak(), reserved, seconds)
         record = replace(record, tracing_seconds=self._tracing_seconds)
         self._began = 0.0
         self.summary.add(record)
@@ -185,7 +192,7 @@ class MemoryTracer:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        del self._model, self._owned, self._optimizer
+        del self._model, self._owned, self._optimizer, self._owners
 
     def _start_window(self) -> None:
         if self._recorder is None or self._window is not None:
@@ -193,9 +200,11 @@ class MemoryTracer:
         with self._timed(), self._guarded():
             if self._roles is None:
                 self._roles = activation_roles(self._owned)
-            window = _Window(self._model, self._owned, self._optimizer, self._recorder, self._fail)
+            if self._owners is None or self._planned or not self._recorder.sees_every_step:
+                self._owners = Owners(self._owned, self._optimizer, self._recorder.device_type)
+            window = _Window(self._model, self._optimizer, self._owners, self._recorder, self._fail)
             try:
-                window.open()
+                window.open(detailed=self._planned or not self._recorder.sees_every_step)
             except RecorderBusyError as problem:
                 window.abandon()
                 self._warn_once("busy", f"{problem}: MemTrace stands aside, and only counts steps while that is so")
@@ -207,16 +216,27 @@ class MemoryTracer:
 
     def _close_books(self, seconds: float) -> StepRecord | None:
         window, self._window = self._window, None
-        if window is None:
+        if window is None or self._recorder is None:
             return None
-        recorded = window.close()
+        seen_after = self._recorder.sees_every_step and not self._planned
+        if seen_after and not (self._policy.new_highs and self._recorder.is_new_high()):
+            window.abandon()
+            return None
+        reserved = self._recorder.reserved_bytes()
+        try:
+            recorded = window.close()
+        except BaseException:
+            window.abandon()
+            raise
         if recorded is None:
             self._warn_once(
                 "busy", "another profiler was started: MemTrace stands aside, and only counts steps while that is so"
             )
             return None
         books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
-        return step_record(self._number, books, allocator, seconds)
+        if isinstance(recorded.recording, WholeRecording):
+            reserved = recorded.recording.reserved_bytes
+        return step_record(self._number, books, allocator, seconds, reserved)
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
@@ -258,7 +278,7 @@ class MemoryTracer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recorded:
-    recording: Recording
+    recording: Recording | WholeRecording
     claims: Claims
 
 
@@ -266,15 +286,14 @@ class _Window:
     """One traced step: what is installed for it, and the claims gathered while it runs."""
 
     def __init__(
-        self, model: nn.Module, owned: nn.Module, optimizer: Any, recorder: Recorder, fail: Callable[[Exception], None]
+        self, model: nn.Module, optimizer: Any, owners: Owners, recorder: Recorder, fail: Callable[[Exception], None]
     ) -> None:
-        self._owned = owned
-        self._optimizer = optimizer
+        self._owners: Owners | None = owners
         self._recorder = recorder
         self._fail = fail
+        self._detailed = True
         self._rows: list[Row] = []
         self._handles: list[Any] = []
-        self._owners: Owners | None = None
         self.phases = PhaseWatch(
             model,
             optimizer,
@@ -285,13 +304,22 @@ class _Window:
             clock=recorder.clock,
         )
 
-    def open(self) -> None:
-        self._owners = owners = Owners(self._owned, self._optimizer, self._recorder.device_type)
+    def open(self, detailed: bool) -> None:
+        """Begin.
+
+        Args:
+            detailed: whether modules are told apart, and everything is claimed now; else only what may be gone at the
+                end is.
+        """
+        owners = self._owners
+        assert owners is not None
+        self._detailed = detailed
         self._recorder.start()
         now = self._recorder.clock()
-        for source in (owners.weights, owners.gradients, owners.optimizer_states):
+        standing = (owners.weights, owners.gradients, owners.optimizer_states) if detailed else (owners.gradients,)
+        for source in standing:
             self._claim_standing(source(now))
-        self.phases.install()
+        self.phases.install(modules=detailed)
         for parameter in owners.used_up_in_backward():
             hooks: Any = parameter._post_accumulate_grad_hooks
             theirs = dict(hooks)
@@ -305,7 +333,10 @@ class _Window:
     def close(self) -> _Recorded | None:
         if not self.phases.sees_optimizer:
             self._claim_gradients()
+        if not (self.phases.sees_optimizer and self._detailed):
             self._claim_states()
+        if not self._detailed and self._owners is not None:
+            self._rows.extend(row for row, _ in self._owners.weights(self._recorder.clock()))
         self._unhook()
         recording = self._recorder.stop()
         owners, self._owners = self._owners, None
@@ -361,20 +392,25 @@ class _Window:
             self._fail(problem)
 
 
-def device_type_of(model: nn.Module) -> str:
-    """The kind of device that most of a model's parameters are on."""
-    sizes: dict[str, int] = {}
+def device_of(model: nn.Module) -> tuple[str, int]:
+    """The device that most of a model's parameters are on: its type and index."""
+    sizes: dict[tuple[str, int], int] = {}
     for parameter in model.parameters():
-        sizes[parameter.device.type] = sizes.get(parameter.device.type, 0) + parameter.numel()
-    return max(sizes, key=lambda kind: sizes[kind]) if sizes else "cpu"
+        device = parameter.device.type, parameter.device.index or 0
+        sizes[device] = sizes.get(device, 0) + parameter.numel()
+    return max(sizes, key=lambda device: sizes[device]) if sizes else ("cpu", 0)
 
 
-def _recorder_for(device_type: str) -> Recorder | None:
+def _recorder_for(device_type: str, index: int) -> Recorder | None:
     if device_type == "cpu":
         from .recorders.cpu import CpuRecorder
 
         return CpuRecorder()
+    if device_type == "cuda":
+        from .recorders.cuda import CudaRecorder
+
+        return CudaRecorder(index)
     return None
 
 
-__all__ = ["MemoryTracer", "TracePolicy", "device_type_of"]
+__all__ = ["MemoryTracer", "TracePolicy", "device_of"]

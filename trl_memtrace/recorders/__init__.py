@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..ledger import Events, Int64Array
+from ..ledger import Events, Int64Array, Ledger
 
 
 class RecorderBusyError(RuntimeError):
@@ -27,10 +27,34 @@ class Recording:
     reported: Int64Array
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WholeRecording:
+    """What a recorder saw whose allocator also lists what it holds, so that nothing is missing from the ledger.
+
+    Attributes:
+        ledger: the blocks, those from before the recording among them.
+        peak_bytes: the allocator's own peak counter, where its peak was in this recording.
+        end_bytes: what the allocator says is allocated at the end.
+        reserved_bytes: the most that was reserved.
+    """
+
+    ledger: Ledger
+    peak_bytes: int | None
+    end_bytes: int
+    reserved_bytes: int
+
+
 class Recorder(Protocol):
-    """Sees every allocation of one kind of device, on the calling thread, while it runs."""
+    """Sees every allocation of one kind of device while it runs.
+
+    Attributes:
+        device_type: what the device is called.
+        sees_every_step: whether it can say of every step, once it has ended, if it held more than any before; then it
+            runs in every step, and is stopped only in those that matter.
+    """
 
     device_type: str
+    sees_every_step: bool
 
     def clock(self) -> int:
         """Now, in nanoseconds, on the clock that the events carry."""
@@ -45,7 +69,13 @@ class Recorder(Protocol):
     def watch(self, storages: Iterable[Any]) -> None:
         """Look out for the end of storages that were there before the recording."""
 
-    def stop(self) -> Recording | None:
+    def is_new_high(self) -> bool:
+        """Whether the step under way has held more than any before, where ``sees_every_step``."""
+
+    def reserved_bytes(self) -> int | None:
+        """What the caching allocator has reserved now; None where there is none."""
+
+    def stop(self) -> Recording | WholeRecording | None:
         """End, and hand over what was seen; None where the recording was cut short by somebody else."""
 
     def abandon(self) -> None:

@@ -122,6 +122,7 @@ class CpuRecorder(Recorder):
     """
 
     device_type = "cpu"
+    sees_every_step = False
 
     def __init__(self) -> None:
         self._thread: int | None = None
@@ -161,6 +162,12 @@ class CpuRecorder(Recorder):
     def watch(self, storages: Iterable[Any]) -> None:
         for storage in storages:
             self._watches.append(weakref.ref(storage, functools.partial(self._note_end, storage.data_ptr())))
+
+    def is_new_high(self) -> bool:
+        return False
+
+    def reserved_bytes(self) -> int | None:
+        return None
 
     def stop(self) -> Recording | None:
         if not self._running():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 import numpy as np
 from rich import box
@@ -78,7 +79,7 @@ def _timeline(books: Books) -> Text:
     width = min(_WIDTH, len(level))
     edges = np.linspace(0, len(level), width + 1).astype(int)
     highest = max(int(level.max()), 1)
-    heights = [int(level[start : max(end, start + 1)].max()) for start, end in zip(edges, edges[1:], strict=False)]
+    heights = [int(level[start : max(end, start + 1)].max()) for start, end in pairwise(edges)]
     starts = np.array([span.start for span in books.spans])
     named = [
         books.spans[max(int(np.searchsorted(starts, edge, side="right")) - 1, 0)].phase.value for edge in edges[:-1]
