@@ -6,6 +6,7 @@ times of the events that made and ended it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from hypothesis import settings
@@ -165,17 +166,32 @@ def with_clipping_in_optimizer(phases: list[tuple[int, Phase]]) -> list[tuple[in
     return told
 
 
+def rows(*choices: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Tuples of integers from 0 up to each of some bounds, drawn as one number, which is much faster."""
+
+    def digits(number: int) -> tuple[int, ...]:
+        row = []
+        for choice in choices:
+            number, digit = divmod(number, choice)
+            row.append(digit)
+        return tuple(row)
+
+    return st.integers(0, math.prod(choices) - 1).map(digits)
+
+
+def lists_of_any_length(elements: st.SearchStrategy, max_size: int) -> st.SearchStrategy[list]:
+    """Lists as often long as short; hypothesis itself prefers short ones."""
+    return st.one_of(*(st.lists(elements, min_size=least, max_size=max_size) for least in (0, max_size // 2)))
+
+
 @st.composite
 def wild_programs(draw: st.DrawFn, max_events: int = 40) -> Program:
     """Anything goes: frees of nothing, frees that were never seen, blocks that overlap, blocks of no bytes."""
-    addresses = st.integers(1, 12).map(lambda place: place * UNIT)
-    sizes = st.integers(0, 4).map(lambda units: units * UNIT)
-    baseline = draw(st.dictionaries(addresses, sizes, max_size=5))
-    rows = draw(st.lists(st.tuples(st.integers(0, 2), addresses, st.booleans(), sizes), max_size=max_events))
+    baseline = {place * UNIT: units * UNIT for place, units in draw(st.lists(rows(12, 5), max_size=5))}
     events, now = [], 0
-    for gap, address, is_free, size in rows:
+    for gap, place, is_free, units in draw(lists_of_any_length(rows(3, 12, 2, 5), max_events)):
         now += gap
-        events.append((now, address, -max(size, 1) if is_free else size))
+        events.append((now, place * UNIT, -max(units * UNIT, 1) if is_free else units * UNIT))
     return Program(list(baseline.items()), events)
 
 
@@ -184,18 +200,16 @@ def orderly_programs(draw: st.DrawFn, max_events: int = 40) -> Program:
     """What a well-behaved allocator does: first fit, no overlap, an address used again at once."""
     held: dict[int, int] = {}
     top = 0
-    for units, gap in draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2)), max_size=5)):
-        held[top + gap * UNIT] = units * UNIT
-        top += (gap + units) * UNIT
+    for units, gap in draw(st.lists(rows(4, 3), max_size=5)):
+        held[top + gap * UNIT] = (1 + units) * UNIT
+        top += (gap + 1 + units) * UNIT
     baseline = list(held.items())
 
     events, now = [], 0
-    steps = st.tuples(st.integers(0, 2), st.sampled_from("aaff"), st.integers(1, 4), st.integers(0, 1 << 16))
-    for gap, action, units, which in draw(st.lists(steps, max_size=max_events)):
+    for gap, is_free, units, which in draw(lists_of_any_length(rows(3, 2, 4, 60), max_events)):
         now += gap
-        if action == "a":
-            size = units * UNIT
-            address = 0
+        if not is_free:
+            address, size = 0, (1 + units) * UNIT
             for start, length in sorted(held.items()):
                 if address + size <= start:
                     break
@@ -222,10 +236,8 @@ OWNERS = [
     for detail, module in (("one", "layers.0.attn"), ("two", "head"))
 ]
 
-TRAINING_STEP = [
-    *(Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.IDLE),
-    *(Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.IDLE, Phase.OPTIMIZER, Phase.IDLE),
-]
+MICRO_BATCH = [Phase.FORWARD, Phase.LOSS, Phase.BACKWARD, Phase.IDLE]
+TRAINING = [*MICRO_BATCH, *MICRO_BATCH, Phase.OPTIMIZER, Phase.IDLE, *MICRO_BATCH, Phase.OPTIMIZER]
 
 
 @st.composite
@@ -233,10 +245,17 @@ def stories(draw: st.DrawFn, program: Program) -> Story:
     """Phases, modules and claims at any times, many of them at those of events and of each other."""
     last = program.events[-1][0] if program.events else 0
     times = st.integers(0, last + 2)
-    some_times = st.lists(times, max_size=12).map(sorted)
-    order = draw(st.sampled_from([TRAINING_STEP, draw(st.lists(st.sampled_from(Phase), max_size=8))]))
-    phases = list(zip(draw(some_times), order, strict=False))
-    modules = [(when, draw(st.integers(-1, len(NAMES) - 1))) for when in draw(some_times)]
-    addresses = st.integers(0, 32).map(lambda place: place * UNIT // 2)
-    claims = draw(st.lists(st.tuples(times, addresses, st.just(UNIT), st.integers(0, len(OWNERS) - 1)), max_size=8))
-    return Story(phases, modules, NAMES, KINDS, claims, OWNERS)
+    some_times = lists_of_any_length(times, 12).map(sorted)
+    anything = lists_of_any_length(st.sampled_from(Phase), 12)
+    training = st.integers(0, len(TRAINING) - 1).map(lambda start: TRAINING[start:])
+    phases = list(zip(draw(some_times), draw(anything | training), strict=False))
+    modules = sorted(draw(lists_of_any_length(rows(last + 3, len(NAMES) + 1), 12)), key=lambda row: row[0])
+    claims = draw(st.lists(rows(len(OWNERS), last + 3, 32), max_size=8))
+    return Story(
+        phases,
+        [(when, number - 1) for when, number in modules],
+        NAMES,
+        KINDS,
+        [(when, place * UNIT // 2, UNIT, owner) for owner, when, place in claims],
+        OWNERS,
+    )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracles import (
     Program,
     Story,
+    Tag,
     orderly_programs,
     replay,
     stories,
@@ -47,15 +48,25 @@ def timeline_of(story: Story) -> Timeline:
 
 
 @given(told(orderly_programs()))
-def test_every_block_is_tagged_as_the_rules_say(case: tuple[Program, Story]) -> None:
+def test_every_block_is_tagged_and_summed_as_the_rules_say(case: tuple[Program, Story]) -> None:
     program, story = case
-    books = books_of(program, story)
-    tags = [
-        (CATEGORIES[category], books.roles[role], books.modules[module])
-        for category, role, module in zip(books.category, books.role, books.module, strict=True)
-    ]
-    expected = [tag(block, program, story) for block in replay(program).blocks]
-    assert tags == [(block.category, block.role, block.module) for block in expected]
+    books, blocks = books_of(program, story), replay(program).blocks
+    expected = [tag(block, program, story) for block in blocks]
+    numbers = zip(books.category, books.role, books.module, strict=True)
+    tags = [Tag(CATEGORIES[category], books.roles[role], books.modules[module]) for category, role, module in numbers]
+    assert tags == expected
+
+    for instant in range(len(program.events) + 1):
+        categories, roles, modules = Counter(), Counter(), Counter()
+        for block, its in zip(blocks, expected, strict=True):
+            if block.is_alive_after(instant):
+                categories[its.category] += block.size
+                roles[its.role] += block.size
+                modules[its.module, its.category] += block.size
+        assert Counter(books.categories_at(instant)) == categories
+        assert books.roles_at(instant) == dict(roles)
+        flat = {(name, kind): size for name, row in books.modules_at(instant).items() for kind, size in row.items()}
+        assert flat == dict(modules)
 
 
 @given(told(st.one_of(orderly_programs(), wild_programs())))
@@ -78,29 +89,12 @@ def test_categories_roles_and_modules_add_up_to_the_level_at_every_instant(case:
 
 
 @given(told(orderly_programs()))
-def test_totals_by_category_role_and_module_are_those_of_the_naive_tags(case: tuple[Program, Story]) -> None:
-    program, story = case
-    books, blocks = books_of(program, story), replay(program).blocks
-    tags = [tag(block, program, story) for block in blocks]
-    for instant in range(len(program.events) + 1):
-        categories, roles, modules = Counter(), Counter(), Counter()
-        for block, its in zip(blocks, tags, strict=True):
-            if block.is_alive_after(instant):
-                categories[its.category] += block.size
-                roles[its.role] += block.size
-                modules[its.module, its.category] += block.size
-        assert Counter(books.categories_at(instant)) == categories
-        assert books.roles_at(instant) == dict(roles)
-        flat = {(name, kind): size for name, row in books.modules_at(instant).items() for kind, size in row.items()}
-        assert flat == dict(modules)
-
-
-@given(told(orderly_programs()))
 def test_spans_follow_each_other_from_the_first_instant_to_the_last(case: tuple[Program, Story]) -> None:
     program, story = case
     spans = spans_of(Ledger.of(Events.of(*program.columns), *program.baseline_columns), timeline_of(story))
     assert [spans[0].start, *(span.end for span in spans)] == [*(span.start for span in spans), len(program.events)]
     assert spans[0].start == 0
+    assert all(span.end > span.start for span in spans[:-1] if span.phase is Phase.IDLE)
     phases = [(-1, Phase.IDLE), *with_clipping_in_optimizer(story.phases)]
     for number, (when, _, _) in enumerate(program.events):
         of_event = [span.phase for span in spans if span.start <= number < span.end]
@@ -195,6 +189,28 @@ def test_what_clipping_allocates_between_backward_and_optimizer_is_the_optimizer
     step.enter(Phase.OPTIMIZER)
     step.free(100)
     assert step.books().roles_at(1) == {"temporaries/optimizer": MIB}
+
+
+def test_gradients_in_the_making_and_optimizer_scratch_are_no_activations_of_the_next_backward() -> None:
+    for phase in (Phase.BACKWARD, Phase.OPTIMIZER):
+        step = Recording()
+        step.enter(phase)
+        step.alloc(100)
+        step.enter(Phase.BACKWARD)
+        step.free(100)
+        assert step.books().roles_at(1) == {f"temporaries/{phase}": MIB}
+
+
+def test_what_is_born_in_backward_outside_every_module_is_not_recomputed() -> None:
+    step = Recording()
+    step.enter(Phase.BACKWARD)
+    step.module(0)
+    step.module(NO_MODULE)
+    step.alloc(100)
+    step.module(0)
+    step.module(NO_MODULE)
+    step.free(100)
+    assert step.books().roles_at(1) == {"temporaries/backward": MIB}
 
 
 def test_activations_recomputed_in_backward_outlive_their_module() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,13 +20,8 @@ def ledger_of(program: Program) -> Ledger:
 
 
 @given(programs)
-def test_the_level_is_that_of_the_replay_at_every_instant(program: Program) -> None:
-    assert ledger_of(program).level.tolist() == replay(program).levels
-
-
-@given(programs)
-def test_every_block_has_its_address_size_and_lifetime(program: Program) -> None:
-    ledger = ledger_of(program)
+def test_blocks_levels_and_strays_are_those_of_the_replay(program: Program) -> None:
+    ledger, naive = ledger_of(program), replay(program)
     expected = [
         (
             block.address,
@@ -32,29 +29,20 @@ def test_every_block_has_its_address_size_and_lifetime(program: Program) -> None
             0 if block.made_by is None else block.made_by + 1,
             NEVER if block.ended_by is None else block.ended_by + 1,
         )
-        for block in replay(program).blocks
+        for block in naive.blocks
     ]
     columns = (ledger.address, ledger.size, ledger.born, ledger.died)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
-
-
-@given(wild_programs())
-def test_a_free_of_an_address_that_holds_nothing_is_a_stray(program: Program) -> None:
-    assert ledger_of(program).strays.tolist() == replay(program).strays
-
-
-@given(programs)
-def test_what_is_alive_at_an_instant_is_what_the_replay_holds(program: Program) -> None:
-    ledger, blocks = ledger_of(program), replay(program).blocks
-    for instant in range(len(program.events) + 1):
-        assert ledger.alive(instant).tolist() == [block.is_alive_after(instant) for block in blocks]
+    assert ledger.level.tolist() == naive.levels
+    assert ledger.strays.tolist() == naive.strays
 
 
 @given(programs, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_totals_sum_the_living_by_code_and_add_up_to_the_level(program: Program, codes: int, random) -> None:
+def test_totals_sum_the_living_by_code_and_add_up_to_the_level(program: Program, codes: int, random: Random) -> None:
     ledger, naive = ledger_of(program), replay(program)
     code = [random.randrange(codes) for _ in naive.blocks]
     for instant in range(len(program.events) + 1):
+        assert ledger.alive(instant).tolist() == [block.is_alive_after(instant) for block in naive.blocks]
         expected = [0] * codes
         for number, block in zip(code, naive.blocks, strict=True):
             expected[number] += block.size if block.is_alive_after(instant) else 0

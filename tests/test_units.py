@@ -67,6 +67,7 @@ def test_sizes_are_read_with_binary_and_decimal_units_in_any_case(text: str, siz
 
 
 @given(st.integers(0, 2**80))
+@example(2**60 + 1)
 def test_whole_bytes_are_read_exactly(size: int) -> None:
     assert parse_bytes(str(size)) == size
     assert parse_bytes(f"{size}KiB") == size * KIB

@@ -202,7 +202,6 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
 
     born_phase, born_module, in_module_until = _births(ledger, spans, timeline)
     module = module_number[born_module + 1]
-    module[before] = modules[ROOT_MODULE]
     free = ~before
 
     backward_starts = np.array([span.start for span in spans if span.phase is Phase.BACKWARD], np.int64)

@@ -100,7 +100,6 @@ class Ledger:
         died_sorted = np.where(same_as_next, np.roll(instant, -1), NEVER)
         rows = np.flatnonzero(is_alloc)
         born = np.maximum(instant[rows], 0)
-        born[order[rows] < held] = 0
         by_birth = np.argsort(order[rows], kind="stable")
         rows, born = rows[by_birth], born[by_birth]
         size = np.concatenate([base_size, events.size])[order[rows]]
