@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from trl_memtrace.errors import MemtraceError
@@ -344,6 +344,7 @@ class CachingAllocator:
         reserved_bytes: in segments, or mapped.
         allocated_peak_bytes: the highest ``allocated_bytes``.
         reserved_peak_bytes: the highest ``reserved_bytes``.
+        address_space_bytes: what an expandable segment reserves of it: 9/8 of the device's memory.
         retries: how often every cached segment was given back to make room.
         segment_requests: everything asked of the driver.
         segment_frees: everything given back to it.
@@ -362,6 +363,7 @@ class CachingAllocator:
         self.reserved_bytes = 0
         self.allocated_peak_bytes = 0
         self.reserved_peak_bytes = 0
+        self.address_space_bytes = _UNBOUNDED_RESERVE if capacity_bytes is None else capacity_bytes * 9 // 8
         self.retries = 0
         self.segment_requests: list[SegmentEvent] = []
         self.segment_frees: list[SegmentEvent] = []
@@ -378,13 +380,14 @@ class CachingAllocator:
         self._max_split = self.config.max_split_bytes or 1 << 63
         self._max_rounding = self.config.max_non_split_rounding_bytes or self.config.large_segment_bytes
 
-    def allocate(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL) -> int:
+    def allocate(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL, search: bool = True) -> int:
         """Hand out a block.
 
         Args:
             size: bytes wanted.
             stream: blocks are reused on their own stream only.
             pool: id of a private pool.
+            search: whether to look for a cached block first.
 
         Returns:
             The block's address, which names it until it is freed.
@@ -393,16 +396,13 @@ class CachingAllocator:
             ValueError: ``size`` is not positive.
             SimulatedOutOfMemoryError: it does not fit; cached segments have been given back by then.
         """
-        rounded = self._rounded.get(size)
-        if rounded is None:
-            if size <= 0:
-                raise ValueError(f"size={size}: takes a positive number of bytes")
-            rounded = self._rounded[size] = self.config.rounded(size)
-        arena = self._arenas.get((pool, rounded <= SMALL_REQUEST, stream)) or self._arena(
-            pool, rounded <= SMALL_REQUEST, stream
-        )
-        block = self._take_free(arena, rounded) or self._grow(arena, rounded)
-        if block is None:
+        rounded, arena = self._wanted(size, stream, pool)
+        at = self._find(arena, rounded) if search else None
+        if at is not None:
+            block = self._blocks[arena.free.pop(at)[1]]
+        elif (grown := self._grow(arena, rounded)) is not None:
+            block = grown
+        else:
             raise self._out_of_memory(size, rounded)
         remaining = block.size - rounded
         if remaining and self._splits(arena.pool, rounded, remaining):
@@ -413,6 +413,11 @@ class CachingAllocator:
             self.allocated_peak_bytes = self.allocated_bytes
         self.event += 1
         return block.address
+
+    def has_cached(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL) -> bool:
+        """Whether a cached block would serve a request, so that the driver need not be asked."""
+        rounded, arena = self._wanted(size, stream, pool)
+        return self._find(arena, rounded) is not None
 
     def free(self, address: int) -> None:
         """Take a block back and merge it with its free neighbours.
@@ -474,8 +479,8 @@ class CachingAllocator:
         end = pieces[-1].address + pieces[-1].size
         self._occupy(pieces[0].address, end - pieces[0].address)
         if expandable:
-            total = self._address_space(arena.pool.page) - (end - pieces[0].address)
-            pieces = [*pieces, Piece(end, max(total, arena.pool.page), _UNMAPPED)]
+            rest = _round_up(self.address_space_bytes, arena.pool.page) - (end - pieces[0].address)
+            pieces = [*pieces, Piece(end, rest, _UNMAPPED)] if rest > 0 else pieces
         last: _Block | None = None
         for address, size, state in pieces:
             block = self._add(_Block(address, size, state, arena, base))
@@ -522,25 +527,33 @@ class CachingAllocator:
             return remaining >= MIN_BLOCK
         return rounded < self._max_split and remaining > SMALL_REQUEST
 
-    def _take_free(self, arena: _Arena, rounded: int) -> _Block | None:
+    def _wanted(self, size: int, stream: int, pool: PoolId) -> tuple[int, _Arena]:
+        rounded = self._rounded.get(size)
+        if rounded is None:
+            if size <= 0:
+                raise ValueError(f"size={size}: takes a positive number of bytes")
+            rounded = self._rounded[size] = self.config.rounded(size)
+        small = rounded <= SMALL_REQUEST
+        return rounded, self._arenas.get((pool, small, stream)) or self._arena(pool, small, stream)
+
+    def _find(self, arena: _Arena, rounded: int) -> int | None:
         """Best fit: the smallest free block that is large enough, of equals the one at the lowest address."""
         arena.pool.searches += 1
         free = arena.free
         at = bisect_left(free, (rounded, 0))
         if at == len(free):
             return None
-        block = self._blocks[free[at][1]]
-        if block.base is not None:
+        if self._blocks[free[at][1]].base is not None:
             found = self._prefer_expandable(free, at) if arena.pool.expandable else self._skip_expandable(free, at)
             if found is None:
                 return None
-            at, block = found
-        if block.size >= self._max_split and (rounded < self._max_split or block.size >= rounded + self._max_rounding):
+            at = found
+        size = free[at][0]
+        if size >= self._max_split and (rounded < self._max_split or size >= rounded + self._max_rounding):
             return None
-        del free[at]
-        return block
+        return at
 
-    def _prefer_expandable(self, free: list[tuple[int, int]], at: int) -> tuple[int, _Block]:
+    def _prefer_expandable(self, free: list[tuple[int, int]], at: int) -> int:
         """A block that can grow counts with the size it can grow to, so a larger one that cannot may fit better."""
         block = self._blocks[free[at][1]]
         while block.base is not None and at + 1 < len(free):
@@ -548,16 +561,11 @@ class CachingAllocator:
             if _size_when_grown(following) >= _size_when_grown(block):
                 break
             at, block = at + 1, following
-        return at, block
+        return at
 
-    def _skip_expandable(self, free: list[tuple[int, int]], at: int) -> tuple[int, _Block] | None:
+    def _skip_expandable(self, free: list[tuple[int, int]], at: int) -> int | None:
         """With the option switched off, blocks of expandable segments are passed over."""
-        while at + 1 < len(free):
-            at += 1
-            block = self._blocks[free[at][1]]
-            if block.base is None:
-                return at, block
-        return None
+        return next((i for i in range(at + 1, len(free)) if self._blocks[free[i][1]].base is None), None)
 
     def _grow(self, arena: _Arena, rounded: int) -> _Block | None:
         """Ask the driver; when it has no room give back cached segments, first a few, then all, and ask again."""
@@ -591,7 +599,8 @@ class CachingAllocator:
             return self._expand(arena, rounded)
         if not self._fits(size):
             return None
-        block = self._add(_Block(self._place(size), size, _FREE, arena, None))
+        block = self._add(_Block(self._place(size) or self._make_up(size), size, _FREE, arena, None))
+        self._occupy(block.address, size)
         self._request(block.address, size)
         return block
 
@@ -634,26 +643,34 @@ class CachingAllocator:
             if room >= rounded:
                 return start
         page = arena.pool.page
-        base = self._place(_round_up(rounded, page))
-        block = self._add(_Block(base, self._address_space(page), _UNMAPPED, arena, base))
-        if base >= _FIRST_ADDRESS:
-            self._next_address = base + block.size
+        base = self._make_up(_round_up(self.address_space_bytes, page))
+        block = self._add(_Block(base, _round_up(self.address_space_bytes, page), _UNMAPPED, arena, base))
         self._insert(block)
         return block
 
-    def _address_space(self, page: int) -> int:
-        return _round_up(_UNBOUNDED_RESERVE if self.capacity_bytes is None else self.capacity_bytes * 9 // 8, page)
+    def _blocked(self, base: int, end: int) -> bool:
+        """Whether another segment begins between an expandable segment's base and an end that it wants to grow to."""
+        at = bisect_right(self._starts, base)
+        return at < len(self._starts) and self._starts[at] < end
 
     def _map(self, hole: _Block, size: int) -> bool:
         size = _round_up(size, hole.arena.pool.page)
         if not self._fits(size):
             return False
+        if hole.prev is None and hole.next is None:
+            self._withdraw(hole)
+            del self._blocks[hole.address]
+            hole.address = hole.base = self._place(size) or hole.address
+            self._insert(self._add(hole))
+        assert hole.base is not None
+        end = hole.address + size
+        if self._blocked(hole.base, end):
+            return False
         self._withdraw(hole)
         if size < hole.size:
             self._insert(self._split(hole, size))
         hole.state = _FREE
-        assert hole.base is not None
-        self._occupy(hole.base, hole.address + size - hole.base)
+        self._occupy(hole.base, end - hole.base)
         self._request(hole.address, size)
         self._merge_neighbours(hole)
         self._insert(hole)
@@ -749,12 +766,13 @@ class CachingAllocator:
 
     # Books
 
-    def _place(self, size: int) -> int:
+    def _place(self, size: int) -> int | None:
         address = self._driver(size) if self._driver is not None else None
-        if address is None or self._occupied(address, size):
-            address = self._next_address
-            self._next_address += _round_up(size, SMALL_SEGMENT)
-        self._occupy(address, size)
+        return None if address is None or self._occupied(address, size) else address
+
+    def _make_up(self, size: int) -> int:
+        address = self._next_address
+        self._next_address += _round_up(size, SMALL_SEGMENT)
         return address
 
     def _occupied(self, address: int, size: int) -> bool:
@@ -905,6 +923,7 @@ class _Entry(NamedTuple):
     size: int
     stream: int
     pool: PoolId
+    deferred: bool  # a free that was completed some time after it was requested
 
 
 class _Segment(NamedTuple):
@@ -956,11 +975,13 @@ def replay_snapshot(
     segments, held = _read_segments(snapshot, device)
     traces = snapshot.get("device_traces") or []
     entries = _read_trace(traces[device] if device < len(traces) else [], segments)
+    if entries and entries[0].action == "alloc":  # what it asked the driver for may have been lost at the ring's start
+        del entries[0]
     replayer = _Replayer(config or _recorded_config(snapshot, segments), capacity_bytes, entries)
     if config is None:
         replayer.follow_switches(segments)
     replayer.restore(segments, held)
-    return replayer.run(device, sum(segment.size for segment in segments))
+    return replayer.run(device)
 
 
 def _recorded_config(snapshot: Mapping[str, Any], segments: Sequence[_Segment]) -> AllocatorConfig:
@@ -1001,6 +1022,7 @@ def _read_trace(trace: Iterable[Mapping[str, Any]], segments: Sequence[_Segment]
     private = [segment for segment in segments if segment.pool != DEFAULT_POOL]
     starts = [segment.address for segment in private]
     entries = []
+    requested = None
     for event, entry in enumerate(trace):
         action, size = entry.get("action"), entry.get("size")
         if action not in _ACTIONS or not isinstance(size, int) or size <= 0:
@@ -1011,7 +1033,9 @@ def _read_trace(trace: Iterable[Mapping[str, Any]], segments: Sequence[_Segment]
             at = bisect_right(starts, address) - 1
             inside = at >= 0 and address < private[at].address + private[at].size
             pool = private[at].pool if inside else DEFAULT_POOL
-        entries.append(_Entry(event, action, address, size, entry.get("stream", 0), pool))
+        deferred = action == "free_completed" and address != requested
+        requested = address if action == "free_requested" else None
+        entries.append(_Entry(event, action, address, size, entry.get("stream", 0), pool, deferred))
     return entries
 
 
@@ -1030,6 +1054,8 @@ class _Replayer:
         self.allocations = self.matching_allocations = 0
         self.requests = self.matching_requests = 0
         self.frees = self.matching_frees = 0
+        self.reserved_end = self.reserved_peak = 0
+        self.searched: _Entry | None = None
         self.switches = False
 
     def _place(self, size: int) -> int | None:
@@ -1051,48 +1077,60 @@ class _Replayer:
 
     def restore(self, segments: Sequence[_Segment], held: Mapping[int, int]) -> None:
         """Put the allocator in the state that it was in before the first entry, by undoing them all."""
+        self.reserved_end = level = sum(segment.size for segment in segments)
+        self.reserved_peak = level
         plain = {segment.address: segment for segment in segments if not segment.expandable}
         blocks = {address: _Held(address, size, None) for address, size in held.items()}
-        for event, action, address, size, stream, pool in reversed(self.entries):
+        for event, action, address, size, stream, pool, _ in reversed(self.entries):
             if action == "alloc":
                 blocks.pop(address, None)
             elif action == "free_completed":
                 blocks[address] = _Held(address, self.config.rounded(size), event)
-            elif action == "segment_alloc":
+            elif action in _ASKS:
+                level -= size
                 plain.pop(address, None)
-            elif action == "segment_free":
-                plain[address] = _Segment(address, size, stream, size <= SMALL_SEGMENT, pool, False)
+            elif action in _GIVES_BACK:
+                level += size
+                self.reserved_peak = max(self.reserved_peak, level)
+                if action == "segment_free":
+                    plain[address] = _Segment(address, size, stream, size <= SMALL_SEGMENT, pool, False)
 
+        self.allocator.address_space_bytes = min(
+            self.allocator.address_space_bytes,
+            _largest_address_space(segments, self.entries, self.reserved_peak * 9 // 8),
+        )
         filler = _Filler(blocks.values(), self.entries, self.config)
         for segment in plain.values():
             pieces = list(filler.fill(segment.address, segment.address + segment.size, not segment.small))
             self.allocator.adopt(pieces, segment.stream, segment.small, segment.pool, expandable=False)
         for (pool, small, stream), ranges in _mapped_before(segments, self.entries, self.config).items():
+            base = end = _lowest_mapped((pool, small, stream), ranges, self.entries)
+            page = SMALL_SEGMENT if small else self.config.large_segment_bytes
+            reserve = _round_up(self.allocator.address_space_bytes, page)
             pieces = []
             for low, high in ranges:
-                if pieces and low > (end := pieces[-1].address + pieces[-1].size):
+                if high > base + reserve and pieces:
+                    self.allocator.adopt(pieces, stream, small, pool, expandable=True)
+                    base, end, pieces = low, low, []
+                if low > end:
                     pieces.append(Piece(end, low - end, _UNMAPPED))
                 pieces.extend(filler.fill(low, high, large=False))
-            lowest = _lowest_mapped((pool, small, stream), pieces, blocks, self.entries)
-            if lowest < pieces[0].address:
-                pieces.insert(0, Piece(lowest, pieces[0].address - lowest, _UNMAPPED))
+                end = high
             self.allocator.adopt(pieces, stream, small, pool, expandable=True)
         self.addresses = {address: address for address, _ in self.allocator.live_blocks()}
 
     # The trace
 
-    def run(self, device: int, reserved_end: int) -> Replay:
-        """Repeat the trace; ``reserved_end`` is what the file says is reserved after it."""
-        change = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-        level = peak = reserved_end - sum(change.get(entry.action, 0) * entry.size for entry in self.entries)
+    def run(self, device: int) -> Replay:
+        """Repeat the trace."""
         completes = "free_completed" if any(e.action == "free_completed" for e in self.entries) else "free_requested"
         given_back: list[_Entry] = []
         for position, entry in enumerate(self.entries):
             action = entry.action
-            level += change.get(action, 0) * entry.size
-            peak = max(peak, level)
             if action in _GIVES_BACK:
                 self._fail(position)
+                if not given_back:
+                    self._note_search(position)
                 given_back.append(entry)
                 continue
             if given_back:
@@ -1102,6 +1140,8 @@ class _Replayer:
                 self._allocate(entry)
             elif action == completes:
                 self._fail(position)
+                if entry.deferred and not (position and self.entries[position - 1].deferred):
+                    self._note_search(position)
                 self._free(entry)
             elif action == "oom":
                 self._fail(position)
@@ -1125,8 +1165,8 @@ class _Replayer:
             allocated_end_bytes=allocator.allocated_bytes,
             reserved_peak_bytes=allocator.reserved_peak_bytes,
             reserved_end_bytes=allocator.reserved_bytes,
-            recorded_reserved_peak_bytes=peak,
-            recorded_reserved_end_bytes=reserved_end,
+            recorded_reserved_peak_bytes=self.reserved_peak,
+            recorded_reserved_end_bytes=self.reserved_end,
             out_of_memory=tuple(self.out_of_memory),
             strays=tuple(self.strays),
             mismatches=tuple(self.mismatches),
@@ -1142,7 +1182,7 @@ class _Replayer:
         before = len(self.allocator.segment_requests)
         self.allocations += 1
         try:
-            address = self.allocator.allocate(entry.size, entry.stream, entry.pool)
+            address = self.allocator.allocate(entry.size, entry.stream, entry.pool, entry is not self.searched)
         except SimulatedOutOfMemoryError:
             self.out_of_memory.append(entry.event)
         else:
@@ -1163,8 +1203,7 @@ class _Replayer:
         """Requests that no allocation follows at once: pages were mapped for one before the device was full."""
         if not self.asked:
             return
-        following = islice(self.entries, position, None)
-        cause = next((entry for entry in following if entry.action in ("alloc", "oom")), None)
+        cause = self._next_allocation(position)
         before = len(self.allocator.segment_requests)
         if cause is not None and all(entry.action == "segment_map" for entry in self.asked):
             self.allocator.event = cause.event
@@ -1180,6 +1219,20 @@ class _Replayer:
         if recorded != simulated:
             self.mismatches.append(Mismatch(event, recorded, simulated))
         self.asked.clear()
+
+    def _next_allocation(self, position: int) -> _Entry | None:
+        return next((e for e in islice(self.entries, position, None) if e.action in ("alloc", "oom")), None)
+
+    def _note_search(self, position: int) -> None:
+        """An allocation that found nothing cached, and the device full, does not search what is left of the cache.
+
+        Pending frees are waited for first, then the cache is given back, then the driver is asked again.
+        """
+        actions = (entry.action for entry in islice(self.entries, position, None))
+        asks = next((action for action in actions if action != "free_completed" and action not in _GIVES_BACK), None)
+        cause = self._next_allocation(position) if asks in _ASKS else None
+        if cause is not None and not self.allocator.has_cached(cause.size, cause.stream, cause.pool):
+            self.searched = cause
 
     def _give_back(self, entries: Sequence[_Entry]) -> None:
         """Repeat what the file shows was given back.
@@ -1258,67 +1311,83 @@ def _mapped_before(
 
     A byte was mapped then if it is now, plus the times it was unmapped, less the times it was mapped, in between.
     """
-    final = [segment for segment in segments if segment.expandable]
+    sizes = {entry.address: entry.size for entry in entries if entry.action in ("alloc", "free_completed")}
+    used = sorted(sizes)
     changes: dict[int, int] = defaultdict(int)
-    for segment in final:
-        changes[segment.address] += 1
-        changes[segment.address + segment.size] -= 1
-    unmapped = []
-    for _, action, address, size, stream, pool in entries:
+    begins: dict[int, list[tuple[int, _Segment]]] = defaultdict(list)  # what was mapped there, the surest first
+    for segment in segments:
+        if segment.expandable:
+            changes[segment.address] += 1
+            changes[segment.address + segment.size] -= 1
+            begins[segment.address].append((0, segment))
+    for _, action, address, size, stream, pool, _ in entries:
         if action in ("segment_map", "segment_unmap"):
             sign = 1 if action == "segment_unmap" else -1
             changes[address] += sign
             changes[address + size] -= sign
             if sign > 0:
-                unmapped.append(_Segment(address, size, stream, False, pool, True))
+                at = bisect_left(used, address)
+                if at < len(used) and used[at] < address + size:
+                    small = config.rounded(sizes[used[at]]) <= SMALL_REQUEST
+                else:
+                    small = size % config.large_segment_bytes != 0
+                begins[address].append((1, _Segment(address, size, stream, small, pool, True)))
 
-    ranges: list[tuple[int, int]] = []
-    level = 0
-    for address in sorted(changes):
-        if level <= 0 < level + changes[address]:
-            low = address
-        elif level > 0 >= level + changes[address]:
-            ranges.append((low, address))
-        level += changes[address]
-
-    unmapped.sort()
-    sizes = {entry.address: entry.size for entry in entries if entry.action in ("alloc", "free_completed")}
-    used = sorted(sizes)
     owners: dict[_Owner, list[tuple[int, int]]] = defaultdict(list)
-    for low, high in ranges:
-        owner = _overlapping(final, low, high)
-        if owner is None:
-            owner = _overlapping(unmapped, low, high) or _Segment(low, high - low, 0, False, DEFAULT_POOL, True)
-            at = bisect_left(used, low)
-            if at < len(used) and used[at] < high:
-                small = config.rounded(sizes[used[at]]) <= SMALL_REQUEST
+    edges = sorted(changes)
+    level = 0
+    around: list[tuple[int, _Segment]] = []
+    for low, high in pairwise(edges):
+        level += changes[low]
+        around = [(rank, known) for rank, known in around if known.address + known.size > low] + begins[low]
+        if level > 0 and around:
+            _, known = min(around)
+            ranges = owners[known.pool, known.small, known.stream]
+            if ranges and ranges[-1][1] == low:
+                ranges[-1] = ranges[-1][0], high
             else:
-                small = (high - low) % config.large_segment_bytes != 0
-            owner = owner._replace(small=small)
-        owners[owner.pool, owner.small, owner.stream].append((low, high))
+                ranges.append((low, high))
     return owners
 
 
-def _overlapping(segments: Sequence[_Segment], low: int, high: int) -> _Segment | None:
-    at = bisect_left(segments, high, key=lambda segment: segment.address) - 1
-    if at >= 0 and segments[at].address + segments[at].size > low:
-        return segments[at]
-    return None
+def _largest_address_space(segments: Sequence[_Segment], entries: Sequence[_Entry], at_least: int) -> int:
+    """How much address space an expandable segment can have reserved: it ends where the next segment begins.
 
-
-def _lowest_mapped(
-    owner: _Owner, pieces: Sequence[Piece], blocks: Mapping[int, _Held], entries: Sequence[_Entry]
-) -> int:
-    """Where an expandable segment begins: lower than its first page if a page before it is mapped in the trace.
-
-    That counts only for a segment that outlives the trace, since its successor may begin anywhere.
+    Addresses are used again, so two neighbours need not have been there together; less than ``at_least`` shows it.
     """
-    lowest = pieces[0].address
-    if not any(piece.state == _LIVE and blocks[piece.address].freed is None for piece in pieces):
-        return lowest
-    mapped = (
-        entry.address
-        for entry in entries
-        if entry.action == "segment_map" and (entry.pool, entry.size <= SMALL_SEGMENT, entry.stream) == owner
-    )
-    return min((address for address in mapped if lowest - _UNBOUNDED_RESERVE < address < lowest), default=lowest)
+    places: list[tuple[int, _Owner | None]] = []
+    for segment in segments:
+        owner = (segment.pool, segment.small, segment.stream)
+        places.append((segment.address, owner if segment.expandable else None))
+    for entry in entries:
+        if entry.action in _ASKS:
+            owner = (entry.pool, entry.size <= SMALL_SEGMENT, entry.stream)
+            places.append((entry.address, owner if entry.action == "segment_map" else None))
+    largest = _UNBOUNDED_RESERVE
+    base, last = 0, None
+    for address, following in sorted(places, key=lambda place: place[0]):
+        if following != last:
+            if last is not None and address - base >= at_least:
+                largest = min(largest, address - base)
+            base, last = address, following
+    return largest
+
+
+def _lowest_mapped(owner: _Owner, ranges: Sequence[tuple[int, int]], entries: Sequence[_Entry]) -> int:
+    """Where an expandable segment begins: lower than its first page if one before it is mapped later.
+
+    Once all of it has been unmapped its successor may begin anywhere.
+    """
+    low, high = ranges[0][0], ranges[-1][1]
+    mapped = sum(end - start for start, end in ranges)
+    for entry in entries:
+        if (entry.pool, entry.stream) != (owner[0], owner[2]):
+            continue
+        if entry.action == "segment_map" and (entry.size <= SMALL_SEGMENT) == owner[1]:
+            mapped += entry.size
+            low, high = min(low, entry.address), max(high, entry.address + entry.size)
+        elif entry.action == "segment_unmap" and low <= entry.address < high:
+            mapped -= entry.size
+            if mapped <= 0:
+                break
+    return low
