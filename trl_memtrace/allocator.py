@@ -12,6 +12,7 @@ import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -473,17 +474,21 @@ class CachingAllocator:
             small: whether it serves requests of up to 1 MiB.
             pool: id of the private pool it belongs to.
             expandable: whether it is mapped page by page.
+
+        Raises:
+            ValueError: another segment is there.
         """
         arena = self._arena(pool, small, stream)
-        base = pieces[0].address if expandable else None
-        end = pieces[-1].address + pieces[-1].size
-        self._occupy(pieces[0].address, end - pieces[0].address)
+        begin, end = pieces[0].address, pieces[-1].address + pieces[-1].size
+        if begin in self._blocks or self._occupied(begin, end - begin):
+            raise ValueError(f"pieces: takes an address range of its own, [{begin:#x}, {end:#x}) is another segment's")
+        self._occupy(begin, end - begin)
         if expandable:
-            rest = _round_up(self.address_space_bytes, arena.pool.page) - (end - pieces[0].address)
+            rest = self._room(begin, _round_up(self.address_space_bytes, arena.pool.page)) - (end - begin)
             pieces = [*pieces, Piece(end, rest, _UNMAPPED)] if rest > 0 else pieces
         last: _Block | None = None
         for address, size, state in pieces:
-            block = self._add(_Block(address, size, state, arena, base))
+            block = self._add(_Block(address, size, state, arena, begin if expandable else None))
             block.prev = last
             if last is not None:
                 last.next = block
@@ -648,10 +653,10 @@ class CachingAllocator:
         self._insert(block)
         return block
 
-    def _blocked(self, base: int, end: int) -> bool:
-        """Whether another segment begins between an expandable segment's base and an end that it wants to grow to."""
+    def _room(self, base: int, size: int) -> int:
+        """How much of ``size`` bytes there is from ``base`` to the next segment."""
         at = bisect_right(self._starts, base)
-        return at < len(self._starts) and self._starts[at] < end
+        return min(size, self._starts[at] - base) if at < len(self._starts) else size
 
     def _map(self, hole: _Block, size: int) -> bool:
         size = _round_up(size, hole.arena.pool.page)
@@ -661,10 +666,11 @@ class CachingAllocator:
             self._withdraw(hole)
             del self._blocks[hole.address]
             hole.address = hole.base = self._place(size) or hole.address
+            hole.size = self._room(hole.address, hole.size)
             self._insert(self._add(hole))
         assert hole.base is not None
         end = hole.address + size
-        if self._blocked(hole.base, end):
+        if size > hole.size or end + (size < hole.size) - hole.base > self._room(hole.base, 1 << 62):
             return False
         self._withdraw(hole)
         if size < hole.size:
@@ -768,7 +774,8 @@ class CachingAllocator:
 
     def _place(self, size: int) -> int | None:
         address = self._driver(size) if self._driver is not None else None
-        return None if address is None or self._occupied(address, size) else address
+        taken = address is None or address in self._blocks or self._occupied(address, size)
+        return None if taken else address
 
     def _make_up(self, size: int) -> int:
         address = self._next_address
@@ -1100,23 +1107,27 @@ class _Replayer:
             _largest_address_space(segments, self.entries, self.reserved_peak * 9 // 8),
         )
         filler = _Filler(blocks.values(), self.entries, self.config)
+        found: list[tuple[list[Piece], _Owner, bool]] = []
         for segment in plain.values():
             pieces = list(filler.fill(segment.address, segment.address + segment.size, not segment.small))
-            self.allocator.adopt(pieces, segment.stream, segment.small, segment.pool, expandable=False)
-        for (pool, small, stream), ranges in _mapped_before(segments, self.entries, self.config).items():
-            base = end = _lowest_mapped((pool, small, stream), ranges, self.entries)
-            page = SMALL_SEGMENT if small else self.config.large_segment_bytes
+            found.append((pieces, (segment.pool, segment.small, segment.stream), False))
+        for owner, ranges in _mapped_before(segments, self.entries, self.config).items():
+            base = end = _lowest_mapped(owner, ranges, self.entries)
+            page = SMALL_SEGMENT if owner[1] else self.config.large_segment_bytes
             reserve = _round_up(self.allocator.address_space_bytes, page)
             pieces = []
             for low, high in ranges:
                 if high > base + reserve and pieces:
-                    self.allocator.adopt(pieces, stream, small, pool, expandable=True)
+                    found.append((pieces, owner, True))
                     base, end, pieces = low, low, []
                 if low > end:
                     pieces.append(Piece(end, low - end, _UNMAPPED))
                 pieces.extend(filler.fill(low, high, large=False))
                 end = high
-            self.allocator.adopt(pieces, stream, small, pool, expandable=True)
+            found.append((pieces, owner, True))
+        for pieces, (pool, small, stream), expandable in sorted(found, reverse=True):
+            with suppress(ValueError):
+                self.allocator.adopt(pieces, stream, small, pool, expandable)
         self.addresses = {address: address for address, _ in self.allocator.live_blocks()}
 
     # The trace
