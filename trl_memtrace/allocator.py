@@ -8,13 +8,14 @@ addresses inside them. Where a segment begins is the driver's choice, which no r
 
 from __future__ import annotations
 
+import operator
 import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from trl_memtrace.errors import MemtraceError
@@ -65,7 +66,7 @@ class AllocatorConfig:
         roundup_power2_divisions: steps between two powers of two that sizes are rounded up to, one for each of the 16
             intervals from 1 MiB, 2 MiB, ... to 32 GiB and more; 0 and 1 round to 512 bytes.
         expandable_segments: grow one mapped range a stream instead of asking for separate segments.
-        per_process_memory_fraction: share of the device that may be reserved.
+        per_process_memory_fraction: share of the device's memory that may be reserved.
 
     Raises:
         ValueError: a value is out of range; names the field and what it takes.
@@ -276,7 +277,7 @@ class SegmentEvent(NamedTuple):
 _LIVE, _FREE, _UNMAPPED = range(3)
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """A part of a segment: live (0), free (1), or, in an expandable segment, unmapped (2)."""
 
     address: int
@@ -381,14 +382,13 @@ class CachingAllocator:
         self._max_split = self.config.max_split_bytes or 1 << 63
         self._max_rounding = self.config.max_non_split_rounding_bytes or self.config.large_segment_bytes
 
-    def allocate(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL, search: bool = True) -> int:
+    def allocate(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL) -> int:
         """Hand out a block.
 
         Args:
             size: bytes wanted.
             stream: blocks are reused on their own stream only.
             pool: id of a private pool.
-            search: whether to look for a cached block first.
 
         Returns:
             The block's address, which names it until it is freed.
@@ -397,28 +397,7 @@ class CachingAllocator:
             ValueError: ``size`` is not positive.
             SimulatedOutOfMemoryError: it does not fit; cached segments have been given back by then.
         """
-        rounded, arena = self._wanted(size, stream, pool)
-        at = self._find(arena, rounded) if search else None
-        if at is not None:
-            block = self._blocks[arena.free.pop(at)[1]]
-        elif (grown := self._grow(arena, rounded)) is not None:
-            block = grown
-        else:
-            raise self._out_of_memory(size, rounded)
-        remaining = block.size - rounded
-        if remaining and self._splits(arena.pool, rounded, remaining):
-            self._insert(self._split(block, rounded))
-        block.state = _LIVE
-        self.allocated_bytes += block.size
-        if self.allocated_bytes > self.allocated_peak_bytes:
-            self.allocated_peak_bytes = self.allocated_bytes
-        self.event += 1
-        return block.address
-
-    def has_cached(self, size: int, stream: int = 0, pool: PoolId = DEFAULT_POOL) -> bool:
-        """Whether a cached block would serve a request, so that the driver need not be asked."""
-        rounded, arena = self._wanted(size, stream, pool)
-        return self._find(arena, rounded) is not None
+        return self._allocate(size, stream, pool, search=True)
 
     def free(self, address: int) -> None:
         """Take a block back and merge it with its free neighbours.
@@ -464,57 +443,31 @@ class CachingAllocator:
             if (pool, small) in self._pools:
                 self._pools[pool, small].expandable = expandable
 
-    def adopt(self, pieces: Sequence[Piece], stream: int, small: bool, pool: PoolId, expandable: bool) -> None:
-        """Take over a segment that is there before the first operation.
-
-        Args:
-            pieces: the segment from its first byte to its last; no two free ones next to each other. An expandable
-                segment begins where its address space does, and its unmapped rest is added here.
-            stream: whose blocks it serves.
-            small: whether it serves requests of up to 1 MiB.
-            pool: id of the private pool it belongs to.
-            expandable: whether it is mapped page by page.
-
-        Raises:
-            ValueError: another segment is there.
-        """
-        arena = self._arena(pool, small, stream)
-        begin, end = pieces[0].address, pieces[-1].address + pieces[-1].size
-        if begin in self._blocks or self._occupied(begin, end - begin):
-            raise ValueError(f"pieces: takes an address range of its own, [{begin:#x}, {end:#x}) is another segment's")
-        self._occupy(begin, end - begin)
-        if expandable:
-            rest = self._room(begin, _round_up(self.address_space_bytes, arena.pool.page)) - (end - begin)
-            pieces = [*pieces, Piece(end, rest, _UNMAPPED)] if rest > 0 else pieces
-        last: _Block | None = None
-        for address, size, state in pieces:
-            block = self._add(_Block(address, size, state, arena, begin if expandable else None))
-            block.prev = last
-            if last is not None:
-                last.next = block
-            last = block
-            if state == _LIVE:
-                self.allocated_bytes += size
-            else:
-                self._insert(block)
-            if state != _UNMAPPED:
-                self.reserved_bytes += size
-        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
-        self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
-
-    def try_to_map(self, size: int, stream: int, pool: PoolId, available: int) -> None:
-        """An allocation from an expandable segment for which the driver has only ``available`` bytes.
-
-        The pages mapped before it ran out stay, free, as they do in PyTorch.
-        """
-        arena = self._arena(pool, self.config.rounded(size) <= SMALL_REQUEST, stream)
-        capacity, self.capacity_bytes = self.capacity_bytes, self.reserved_bytes + available
-        block = self._expand(arena, self.config.rounded(size))
-        self.capacity_bytes = capacity
-        if block is not None:
-            self._insert(block)
-
     # Finding a block
+
+    def _allocate(self, size: int, stream: int, pool: PoolId, search: bool) -> int:
+        rounded, arena = self._wanted(size, stream, pool)
+        at = self._find(arena, rounded) if search else None
+        if at is not None:
+            block = self._blocks[arena.free.pop(at)[1]]
+        elif (grown := self._grow(arena, rounded)) is not None:
+            block = grown
+        else:
+            raise self._out_of_memory(size, rounded)
+        remaining = block.size - rounded
+        if remaining and self._splits(arena.pool, rounded, remaining):
+            self._insert(self._split(block, rounded))
+        block.state = _LIVE
+        self.allocated_bytes += block.size
+        if self.allocated_bytes > self.allocated_peak_bytes:
+            self.allocated_peak_bytes = self.allocated_bytes
+        self.event += 1
+        return block.address
+
+    def _has_cached(self, size: int, stream: int, pool: PoolId) -> bool:
+        """Whether a cached block would serve a request, so that the driver need not be asked."""
+        rounded, arena = self._wanted(size, stream, pool)
+        return self._find(arena, rounded) is not None
 
     def _arena(self, pool: PoolId, small: bool, stream: int) -> _Arena:
         owner = self._pools.get((pool, small))
@@ -636,6 +589,18 @@ class CachingAllocator:
         self._withdraw(block)
         return block
 
+    def _try_to_map(self, size: int, stream: int, pool: PoolId, available: int) -> None:
+        """An allocation from an expandable segment for which the driver has only ``available`` bytes.
+
+        The pages mapped before it ran out stay, free, as they do in PyTorch.
+        """
+        arena = self._arena(pool, self.config.rounded(size) <= SMALL_REQUEST, stream)
+        capacity, self.capacity_bytes = self.capacity_bytes, self.reserved_bytes + available
+        block = self._expand(arena, self.config.rounded(size))
+        self.capacity_bytes = capacity
+        if block is not None:
+            self._insert(block)
+
     def _expandable_candidate(self, arena: _Arena, rounded: int) -> _Block:
         for address in arena.unmapped:
             hole = self._blocks[address]
@@ -705,6 +670,46 @@ class CachingAllocator:
             self._vacate(block.address)
         else:
             self._insert(block)
+
+    # Before the first operation
+
+    def _adopt(self, pieces: Sequence[_Piece], stream: int, small: bool, pool: PoolId, expandable: bool) -> None:
+        """Take over a segment that is there before the first operation.
+
+        Args:
+            pieces: the segment from its first byte to its last; no two free ones next to each other. An expandable
+                segment begins where its address space does, and its unmapped rest is added here.
+            stream: whose blocks it serves.
+            small: whether it serves requests of up to 1 MiB.
+            pool: id of the private pool it belongs to.
+            expandable: whether it is mapped page by page.
+
+        Raises:
+            ValueError: another segment is there.
+        """
+        arena = self._arena(pool, small, stream)
+        begin, end = pieces[0].address, pieces[-1].address + pieces[-1].size
+        if begin in self._blocks or self._occupied(begin, end - begin):
+            raise ValueError(f"pieces: takes an address range of its own, [{begin:#x}, {end:#x}) is another segment's")
+        self._occupy(begin, end - begin)
+        if expandable:
+            rest = self._room(begin, _round_up(self.address_space_bytes, arena.pool.page)) - (end - begin)
+            pieces = [*pieces, _Piece(end, rest, _UNMAPPED)] if rest > 0 else pieces
+        last: _Block | None = None
+        for address, size, state in pieces:
+            block = self._add(_Block(address, size, state, arena, begin if expandable else None))
+            block.prev = last
+            if last is not None:
+                last.next = block
+            last = block
+            if state == _LIVE:
+                self.allocated_bytes += size
+            else:
+                self._insert(block)
+            if state != _UNMAPPED:
+                self.reserved_bytes += size
+        self.allocated_peak_bytes = max(self.allocated_peak_bytes, self.allocated_bytes)
+        self.reserved_peak_bytes = max(self.reserved_peak_bytes, self.reserved_bytes)
 
     # Giving memory back
 
@@ -861,7 +866,6 @@ def _size_when_grown(block: _Block) -> int:
 
 _ASKS = ("segment_alloc", "segment_map")
 _GIVES_BACK = ("segment_free", "segment_unmap")
-_ACTIONS = frozenset(("alloc", "free_requested", "free_completed", "oom", *_ASKS, *_GIVES_BACK))
 
 
 class Mismatch(NamedTuple):
@@ -925,12 +929,12 @@ class Replay:
 
 class _Entry(NamedTuple):
     event: int
-    action: str
+    action: str  # alloc, free (completed), oom, segment_alloc, segment_map, segment_free, segment_unmap
     address: int
     size: int
     stream: int
     pool: PoolId
-    deferred: bool  # a free that was completed some time after it was requested
+    deferred: bool  # a free that another stream delayed
 
 
 class _Segment(NamedTuple):
@@ -1009,40 +1013,49 @@ def _read_segments(snapshot: Mapping[str, Any], device: int) -> tuple[list[_Segm
     for entry in snapshot.get("segments") or []:
         if entry.get("device", 0) != device:
             continue
-        address = entry["address"]
+        address, size = entry.get("address"), entry.get("total_size")
+        if not isinstance(address, int) or not isinstance(size, int) or size <= 0:
+            continue
         small = entry.get("segment_type") == "small"
         pool = _read_pool(entry.get("segment_pool_id")) or DEFAULT_POOL
         expandable = bool(entry.get("is_expandable"))
-        segments.append(_Segment(address, entry["total_size"], entry.get("stream", 0), small, pool, expandable))
-        for block in entry["blocks"]:
+        stream = entry.get("stream")
+        stream = stream if isinstance(stream, int) else 0
+        segments.append(_Segment(address, size, stream, small, pool, expandable))
+        for block in entry.get("blocks") or []:
             if block["state"] != "inactive":
                 held[address] = block["size"]
             address += block["size"]
     return sorted(segments), held
 
 
-def _read_trace(trace: Iterable[Mapping[str, Any]], segments: Sequence[_Segment]) -> list[_Entry]:
+def _read_trace(trace: Sequence[Mapping[str, Any]], segments: Sequence[_Segment]) -> list[_Entry]:
     """The entries that move memory.
 
     Before PyTorch 2.12 they carry no pool; the segment around a block tells it, if that still exists at the end.
     """
     private = [segment for segment in segments if segment.pool != DEFAULT_POOL]
     starts = [segment.address for segment in private]
+    completed = any(entry.get("action") == "free_completed" for entry in trace)
+    actions = {action: action for action in ("alloc", "oom", *_ASKS, *_GIVES_BACK)}
+    actions["free_completed" if completed else "free_requested"] = "free"  # a program can leave actions out of a trace
     entries = []
     requested = None
     for event, entry in enumerate(trace):
-        action, size = entry.get("action"), entry.get("size")
-        if action not in _ACTIONS or not isinstance(size, int) or size <= 0:
-            continue
-        address = entry.get("addr", 0)
-        pool = _read_pool(entry.get("pool_id"))
-        if pool is None:
-            at = bisect_right(starts, address) - 1
-            inside = at >= 0 and address < private[at].address + private[at].size
-            pool = private[at].pool if inside else DEFAULT_POOL
+        get = entry.get
+        action, address, size, stream = get("action"), get("addr", 0), get("size"), get("stream", 0)
         deferred = action == "free_completed" and address != requested
         requested = address if action == "free_requested" else None
-        entries.append(_Entry(event, action, address, size, entry.get("stream", 0), pool, deferred))
+        known = actions.get(action) if isinstance(action, str) else None
+        if known is None or not isinstance(address, int) or not isinstance(size, int) or size <= 0:
+            continue
+        pool = _read_pool(get("pool_id"))
+        if pool is None:
+            pool = DEFAULT_POOL
+            at = bisect_right(starts, address) - 1
+            if at >= 0 and address < private[at].address + private[at].size:
+                pool = private[at].pool
+        entries.append(_Entry(event, known, address, size, stream if isinstance(stream, int) else 0, pool, deferred))
     return entries
 
 
@@ -1054,6 +1067,7 @@ class _Replayer:
         self.entries = entries
         self.allocator = CachingAllocator(config, capacity_bytes, self._place)
         self.addresses: dict[int, int] = {}  # the file's -> the simulation's
+        self.refused: set[int] = set()  # the file's addresses of what did not fit
         self.asked: list[_Entry] = []  # of the driver, by the file, for the allocation that comes next
         self.mismatches: list[Mismatch] = []
         self.out_of_memory: list[int] = []
@@ -1078,7 +1092,8 @@ class _Replayer:
             if entry.action in _ASKS:
                 shown.setdefault(entry.pool, entry.action == "segment_map")
         for segment in segments:
-            shown.setdefault(segment.pool, segment.expandable or self.config.expandable_segments)
+            if segment.pool != DEFAULT_POOL:
+                shown.setdefault(segment.pool, segment.expandable)
         for pool, expandable in shown.items():
             self.allocator.set_expandable(expandable, pool)
 
@@ -1091,7 +1106,7 @@ class _Replayer:
         for event, action, address, size, stream, pool, _ in reversed(self.entries):
             if action == "alloc":
                 blocks.pop(address, None)
-            elif action == "free_completed":
+            elif action == "free":
                 blocks[address] = _Held(address, self.config.rounded(size), event)
             elif action in _ASKS:
                 level -= size
@@ -1107,7 +1122,7 @@ class _Replayer:
             _largest_address_space(segments, self.entries, self.reserved_peak * 9 // 8),
         )
         filler = _Filler(blocks.values(), self.entries, self.config)
-        found: list[tuple[list[Piece], _Owner, bool]] = []
+        found: list[tuple[list[_Piece], _Owner, bool]] = []
         for segment in plain.values():
             pieces = list(filler.fill(segment.address, segment.address + segment.size, not segment.small))
             found.append((pieces, (segment.pool, segment.small, segment.stream), False))
@@ -1121,20 +1136,19 @@ class _Replayer:
                     found.append((pieces, owner, True))
                     base, end, pieces = low, low, []
                 if low > end:
-                    pieces.append(Piece(end, low - end, _UNMAPPED))
+                    pieces.append(_Piece(end, low - end, _UNMAPPED))
                 pieces.extend(filler.fill(low, high, large=False))
                 end = high
             found.append((pieces, owner, True))
         for pieces, (pool, small, stream), expandable in sorted(found, reverse=True):
             with suppress(ValueError):
-                self.allocator.adopt(pieces, stream, small, pool, expandable)
+                self.allocator._adopt(pieces, stream, small, pool, expandable)
         self.addresses = {address: address for address, _ in self.allocator.live_blocks()}
 
     # The trace
 
     def run(self, device: int) -> Replay:
         """Repeat the trace."""
-        completes = "free_completed" if any(e.action == "free_completed" for e in self.entries) else "free_requested"
         given_back: list[_Entry] = []
         for position, entry in enumerate(self.entries):
             action = entry.action
@@ -1149,7 +1163,7 @@ class _Replayer:
                 given_back = []
             if action == "alloc":
                 self._allocate(entry)
-            elif action == completes:
+            elif action == "free":
                 self._fail(position)
                 if entry.deferred and not (position and self.entries[position - 1].deferred):
                     self._note_search(position)
@@ -1193,9 +1207,10 @@ class _Replayer:
         before = len(self.allocator.segment_requests)
         self.allocations += 1
         try:
-            address = self.allocator.allocate(entry.size, entry.stream, entry.pool, entry is not self.searched)
+            address = self.allocator._allocate(entry.size, entry.stream, entry.pool, entry is not self.searched)
         except SimulatedOutOfMemoryError:
             self.out_of_memory.append(entry.event)
+            self.refused.add(entry.address)
         else:
             self.addresses[entry.address] = address
             self.matching_allocations += address == entry.address
@@ -1207,7 +1222,9 @@ class _Replayer:
         if address is not None:
             self.allocator.event = entry.event
             self.allocator.free(address)
-        elif entry.event not in self.out_of_memory:
+        elif entry.address in self.refused:
+            self.refused.remove(entry.address)
+        else:
             self.strays.append(entry.event)
 
     def _fail(self, position: int) -> None:
@@ -1219,30 +1236,33 @@ class _Replayer:
         if cause is not None and all(entry.action == "segment_map" for entry in self.asked):
             self.allocator.event = cause.event
             available = sum(entry.size for entry in self.asked)
-            self.allocator.try_to_map(cause.size, cause.stream, cause.pool, available)
+            self.allocator._try_to_map(cause.size, cause.stream, cause.pool, available)
         self._compare(self.asked[-1].event if cause is None else cause.event, before)
 
     def _compare(self, event: int, before: int) -> None:
         recorded = tuple(entry.size for entry in self.asked)
         simulated = tuple(request.size for request in self.allocator.segment_requests[before:])
         self.requests += len(recorded)
-        self.matching_requests += sum(map(int.__eq__, recorded, simulated))
+        self.matching_requests += sum(map(operator.eq, recorded, simulated))
         if recorded != simulated:
             self.mismatches.append(Mismatch(event, recorded, simulated))
         self.asked.clear()
 
+    def _from(self, position: int) -> Iterator[_Entry]:
+        return (self.entries[index] for index in range(position, len(self.entries)))
+
     def _next_allocation(self, position: int) -> _Entry | None:
-        return next((e for e in islice(self.entries, position, None) if e.action in ("alloc", "oom")), None)
+        return next((entry for entry in self._from(position) if entry.action in ("alloc", "oom")), None)
 
     def _note_search(self, position: int) -> None:
         """An allocation that found nothing cached, and the device full, does not search what is left of the cache.
 
         Pending frees are waited for first, then the cache is given back, then the driver is asked again.
         """
-        actions = (entry.action for entry in islice(self.entries, position, None))
-        asks = next((action for action in actions if action != "free_completed" and action not in _GIVES_BACK), None)
-        cause = self._next_allocation(position) if asks in _ASKS else None
-        if cause is not None and not self.allocator.has_cached(cause.size, cause.stream, cause.pool):
+        frees = ("free", *_GIVES_BACK)
+        following = next((entry.action for entry in self._from(position) if entry.action not in frees), None)
+        cause = self._next_allocation(position) if following in _ASKS else None
+        if cause is not None and not self.allocator._has_cached(cause.size, cause.stream, cause.pool):
             self.searched = cause
 
     def _give_back(self, entries: Sequence[_Entry]) -> None:
@@ -1280,7 +1300,7 @@ class _Filler:
                 self.first_use.setdefault(entry.address, entry.event)
         self.used = sorted(self.first_use)
 
-    def fill(self, low: int, high: int, large: bool) -> Iterator[Piece]:
+    def fill(self, low: int, high: int, large: bool) -> Iterator[_Piece]:
         """The pieces of ``[low, high)``; a block that does not fit there is left out."""
         at = low
         for index in range(bisect_left(self.starts, low), bisect_left(self.starts, high)):
@@ -1290,11 +1310,11 @@ class _Filler:
             limit = min([high, *self.starts[index + 1 : index + 2]])
             size = self._whole_size(block, limit) if large and block.freed is not None else block.size
             if block.address > at:
-                yield Piece(at, block.address - at, _FREE)
-            yield Piece(block.address, size, _LIVE)
+                yield _Piece(at, block.address - at, _FREE)
+            yield _Piece(block.address, size, _LIVE)
             at = block.address + size
         if at < high:
-            yield Piece(at, high - at, _FREE)
+            yield _Piece(at, high - at, _FREE)
 
     def _whole_size(self, block: _Held, limit: int) -> int:
         """The size of a block of the large pool with the remainder that was not split off.
@@ -1322,7 +1342,7 @@ def _mapped_before(
 
     A byte was mapped then if it is now, plus the times it was unmapped, less the times it was mapped, in between.
     """
-    sizes = {entry.address: entry.size for entry in entries if entry.action in ("alloc", "free_completed")}
+    sizes = {entry.address: entry.size for entry in entries if entry.action in ("alloc", "free")}
     used = sorted(sizes)
     changes: dict[int, int] = defaultdict(int)
     begins: dict[int, list[tuple[int, _Segment]]] = defaultdict(list)  # what was mapped there, the surest first
