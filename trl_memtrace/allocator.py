@@ -1342,6 +1342,9 @@ def _mapped_before(
 
     A byte was mapped then if it is now, plus the times it was unmapped, less the times it was mapped, in between.
     """
+    moves = [entry for entry in entries if entry.action in ("segment_map", "segment_unmap")]
+    if not moves and not any(segment.expandable for segment in segments):
+        return {}
     sizes = {entry.address: entry.size for entry in entries if entry.action in ("alloc", "free")}
     used = sorted(sizes)
     changes: dict[int, int] = defaultdict(int)
@@ -1351,18 +1354,17 @@ def _mapped_before(
             changes[segment.address] += 1
             changes[segment.address + segment.size] -= 1
             begins[segment.address].append((0, segment))
-    for _, action, address, size, stream, pool, _ in entries:
-        if action in ("segment_map", "segment_unmap"):
-            sign = 1 if action == "segment_unmap" else -1
-            changes[address] += sign
-            changes[address + size] -= sign
-            if sign > 0:
-                at = bisect_left(used, address)
-                if at < len(used) and used[at] < address + size:
-                    small = config.rounded(sizes[used[at]]) <= SMALL_REQUEST
-                else:
-                    small = size % config.large_segment_bytes != 0
-                begins[address].append((1, _Segment(address, size, stream, small, pool, True)))
+    for _, action, address, size, stream, pool, _ in moves:
+        sign = 1 if action == "segment_unmap" else -1
+        changes[address] += sign
+        changes[address + size] -= sign
+        if sign > 0:
+            at = bisect_left(used, address)
+            if at < len(used) and used[at] < address + size:
+                small = config.rounded(sizes[used[at]]) <= SMALL_REQUEST
+            else:
+                small = size % config.large_segment_bytes != 0
+            begins[address].append((1, _Segment(address, size, stream, small, pool, True)))
 
     owners: dict[_Owner, list[tuple[int, int]]] = defaultdict(list)
     edges = sorted(changes)
