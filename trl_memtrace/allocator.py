@@ -36,7 +36,7 @@ DEFAULT_POOL: PoolId = (0, 0)
 
 _DIVISION_INTERVALS = 16  # 1 MiB, 2 MiB, ... 32 GiB and more
 _UNBOUNDED_RESERVE = 1 << 40  # address space of an expandable segment on a device of unknown size
-_FIRST_ADDRESS = 1 << 60  # far from any address that a driver gives
+_FIRST_ADDRESS = 1 << 60  # of those made up, above all that a driver gives
 
 _IGNORED_OPTIONS = re.compile(
     r"pinned_\w+|release_lock_on_(cuda|hip)malloc|graph_capture_record_stream_reuse|throw_on_cudamalloc_oom"
@@ -127,8 +127,6 @@ class AllocatorConfig:
                 settings[name] = read(option, value)
             elif not _IGNORED_OPTIONS.fullmatch(option):
                 raise ValueError(f"{option!r} is not an allocator option; takes backend, {', '.join(_OPTIONS)}")
-        if "garbage_collection_threshold" in settings and not settings["garbage_collection_threshold"]:
-            raise ValueError("garbage_collection_threshold: '0' is not in (0, 1)")
         return cls(**settings)
 
     @classmethod
@@ -191,6 +189,13 @@ def _read_fraction(option: str, value: str) -> float:
         raise ValueError(f"{option}: {value!r} is not a number between 0 and 1") from None
 
 
+def _read_threshold(option: str, value: str) -> float:
+    threshold = _read_fraction(option, value)
+    if threshold == 0:  # PyTorch has it unset for that
+        raise ValueError(f"{option}: {value!r} is not above 0")
+    return threshold
+
+
 def _read_switch(option: str, value: str) -> bool:
     if value not in ("True", "False"):
         raise ValueError(f"{option}: {value!r} is neither True nor False")
@@ -227,7 +232,7 @@ _OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "max_split_size_mb": ("max_split_bytes", _read_mib),
     "max_non_split_rounding_mb": ("max_non_split_rounding_bytes", _read_mib),
     "large_segment_size_mb": ("large_segment_bytes", _read_mib),
-    "garbage_collection_threshold": ("garbage_collection_threshold", _read_fraction),
+    "garbage_collection_threshold": ("garbage_collection_threshold", _read_threshold),
     "roundup_power2_divisions": ("roundup_power2_divisions", _read_divisions),
     "expandable_segments": ("expandable_segments", _read_switch),
     "per_process_memory_fraction": ("per_process_memory_fraction", _read_fraction),
@@ -689,7 +694,7 @@ class CachingAllocator:
         """
         arena = self._arena(pool, small, stream)
         begin, end = pieces[0].address, pieces[-1].address + pieces[-1].size
-        if begin in self._blocks or self._occupied(begin, end - begin):
+        if self._occupied(begin, end - begin):
             raise ValueError(f"pieces: takes an address range of its own, [{begin:#x}, {end:#x}) is another segment's")
         self._occupy(begin, end - begin)
         if expandable:
@@ -779,8 +784,7 @@ class CachingAllocator:
 
     def _place(self, size: int) -> int | None:
         address = self._driver(size) if self._driver is not None else None
-        taken = address is None or address in self._blocks or self._occupied(address, size)
-        return None if taken else address
+        return None if address is None or self._occupied(address, size) else address
 
     def _make_up(self, size: int) -> int:
         address = self._next_address
@@ -788,6 +792,9 @@ class CachingAllocator:
         return address
 
     def _occupied(self, address: int, size: int) -> bool:
+        """Whether a driver could not have placed a segment there."""
+        if address in self._blocks or address + size > _FIRST_ADDRESS:
+            return True
         at = bisect_left(self._starts, address + size) - 1
         return at >= 0 and self._extents[self._starts[at]] > address
 
