@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .attribution import Books, Claims, Span, Timeline, attribute, find_claimed, fold_modules
-from .categories import PHASES, Category, Phase
+from .categories import Category, Phase
 from .ledger import Int64Array, Ledger
 from .recorders import Recording, WholeRecording
 from .records import Peak, PhaseRecord, StepRecord, category_table
@@ -79,10 +79,9 @@ def step_record(
 
 
 def _by_phase(spans: Sequence[Span]) -> Iterator[tuple[Phase, list[Span]]]:
-    for phase in PHASES:
-        found = [span for span in spans if span.phase is phase]
-        if found:
-            yield phase, found
+    """The spans of each phase, in the order in which phases ended: the last one's end is the step's."""
+    for phase in reversed(dict.fromkeys(span.phase for span in reversed(spans))):
+        yield phase, [span for span in spans if span.phase is phase]
 
 
 def _phase_record(books: Books, allocator: Int64Array, spans: list[Span]) -> PhaseRecord:

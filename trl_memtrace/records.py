@@ -131,7 +131,7 @@ class StepRecord:
     Attributes:
         step: its number, as the trainer counts (the first is 1).
         traced: whether its books were kept in full.
-        phases: by phase name; empty in a step that was only counted.
+        phases: by phase name, in the order in which they ended; empty in a step that was only counted.
         peak: the instant at which it held most.
         reserved_bytes: what the caching allocator had reserved at most; None where there is none.
         seconds: how long the step took, tracing included.

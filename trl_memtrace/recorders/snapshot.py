@@ -11,7 +11,8 @@ import gc
 import io
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +24,9 @@ from ..ledger import BoolArray, Events, Int64Array, Ledger
 
 _ROUNDING = 512  # kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp: what every size is rounded up to
 _SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-_MAX_WARNINGS = 5
+_SPARE_BYTES = 512 * 1024**2
+_BYTES_PER_BYTE = 64  # what unpickled dicts and numbers take up, for each byte of the file, at the very most
+_WITHOUT_ADDRESS = ("oom", "snapshot", "user_defined")
 
 
 class SnapshotError(MemtraceError):
@@ -74,7 +77,8 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     collecting = gc.isenabled()
     gc.disable()  # a million dicts that all stay would be walked again and again
     try:
-        data = _Unpickler(io.BytesIO(content)).load()
+        with _bounded_memory(_SPARE_BYTES + _BYTES_PER_BYTE * len(content)):
+            data = _Unpickler(io.BytesIO(content)).load()
     except SnapshotError as problem:
         raise SnapshotError(f"{file}: {problem}") from None
     except (MemoryError, RecursionError):
@@ -90,6 +94,28 @@ def read_snapshot(path: str | os.PathLike[str]) -> Snapshot:
     if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
         raise SnapshotError(f"{file} is a pickle, but not a memory snapshot: it has no list of segments")
     return Snapshot(file, data)
+
+
+@contextmanager
+def _bounded_memory(more_bytes: int) -> Iterator[None]:
+    """Let the process grow by so much and no more: a few bytes of a pickle can ask for a table of gigabytes."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = now + more_bytes
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,32 +226,23 @@ def _read_trace(trace: Sequence[Any]) -> _Columns:
         try:
             action, address, size = entry["action"], entry["addr"], entry["size"]
         except (KeyError, TypeError, IndexError):
-            if not (isinstance(entry, dict) and entry.get("action") in ("oom", "snapshot", "user_defined")):
-                bad += 1
+            bad += not (isinstance(entry, dict) and entry.get("action") in _WITHOUT_ADDRESS)
+            continue
+        if type(address) is not int or type(size) is not int or not (0 <= address < 2**63 and 0 < size < 2**48):
+            bad += action not in _WITHOUT_ADDRESS
             continue
         if action == "alloc":
             signed = size
         elif action == "free_requested":
             requested.add(address)
-            signed = -size if type(size) is int else size
+            signed = -size
         elif action in ("free_completed", "free"):
             if address in requested:
                 requested.discard(address)
                 continue
-            signed = -size if type(size) is int else size
-        elif action in _SEGMENT_ACTIONS:
-            if type(size) is int:
-                change += _SEGMENT_ACTIONS[action] * size
-            continue
+            signed = -size
         else:
-            continue
-        if (
-            type(address) is not int
-            or type(signed) is not int
-            or not 0 <= address < 2**63
-            or not 0 < abs(signed) < 2**48
-        ):
-            bad += 1
+            change += _SEGMENT_ACTIONS.get(action, 0) * size if isinstance(action, str) else 0
             continue
         entries.append(index)
         addresses.append(address)

@@ -1,0 +1,5 @@
+"""``python -m trl_memtrace.commands``."""
+
+from . import main
+
+main()
