@@ -38,6 +38,10 @@ class FakeDriver:
     def history_enabled(self) -> bool:
         return self.enabled
 
+    def attach_refusal_observer(self, tell) -> bool:
+        self.refuse = tell
+        return False  # so that the next recorder attaches its own driver's
+
     def on_foreign_history(self, tell):
         self.tell = tell
         return lambda: setattr(self, "tell", None)
@@ -196,6 +200,30 @@ def test_a_history_that_the_user_takes_over_is_his_from_then_on(training):
     assert [record.traced for record in tracer.run] == [True, True]
 
 
+def test_a_refusal_is_described_as_it_was_before_anything_was_let_go(training):
+    model, optimizer, step, driver = training
+    step()
+    tracer = MemoryTracer(model, optimizer)
+    ids = torch.ones(1, 8, dtype=torch.long)
+
+    def refused(module, inputs):
+        driver.refuse(0, 5 * 1024**3, 0, 0)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5.00 GiB.")
+
+    model.model.layers[1].mlp.register_forward_pre_hook(refused)
+    with pytest.raises(torch.OutOfMemoryError), tracer.step():
+        model(input_ids=ids, labels=ids)
+    failure = tracer.run.failure
+    assert failure.out_of_memory
+    assert failure.traced
+    assert (failure.phase, failure.module) == ("forward", "model.layers.1")
+    assert failure.requested_bytes == 5 * 1024**3
+    assert sum(failure.peak.categories.values()) == failure.peak.bytes
+    assert failure.peak.categories["weights"] >= sum(rounded(parameter.nbytes) for parameter in model.parameters())
+    assert failure.reserved_bytes > 0
+    tracer.close()
+
+
 def test_a_full_ring_is_made_larger(training):
     _model, _optimizer, step, driver = training
     recorder = FakeCuda(driver=driver)
@@ -251,3 +279,7 @@ def test_the_real_driver_speaks_to_the_installed_torch(monkeypatch):
     assert driver.history_enabled()
     assert driver.snapshot() == {"segments": [], "device_traces": []}
     assert driver.stats(1) == {"device": 1}
+    assert not driver.attach_refusal_observer(print)
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", said.append, raising=False)
+    assert driver.attach_refusal_observer(print)
+    assert said[-1] is print

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -91,6 +91,11 @@ class Timeline:
     module: Sequence[int] = ()
     module_names: Sequence[str] = ()
     activation_roles: Sequence[str] = ()
+
+    def followed_by(self, phase: Phase, time_ns: int) -> Timeline:
+        """The timeline up to a time, and a phase from there on."""
+        kept = sum(1 for when in self.phase_ns if when < time_ns)
+        return replace(self, phase_ns=[*self.phase_ns[:kept], time_ns], phase=[*self.phase[:kept], phase])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +180,7 @@ def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
     return (*kept, spans[-1])
 
 
-def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
+def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: bool = False) -> Books:
     """Tag every block of a ledger.
 
     Rules, first match wins (a block's *birth phase* is the phase in which it was allocated):
@@ -186,7 +191,8 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
     3. Born in the backward inside a module's forward (checkpointing runs it again) and outliving that forward:
        activations, with the role ``recomputed``.
     4. Born outside backward and optimizer, and alive when the next backward began: activations.
-    5. Dead by the end of the recording: temporaries of its birth phase.
+    5. Dead by the end of the recording, or the recording was cut short by an exception: temporaries of its birth
+       phase.
     6. Else unattributed.
     """
     roles, modules = _Names(), _Names()
@@ -211,7 +217,7 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline) -> Books:
     activation = free & outside & (next_backward != NEVER) & (ledger.died > next_backward)
     in_backward = born_phase == PHASE_CODE[Phase.BACKWARD]
     recomputed = free & in_backward & (born_module != NO_MODULE) & (ledger.died > in_module_until)
-    temporary = free & ~activation & ~recomputed & (ledger.died != NEVER)
+    temporary = free & ~activation & ~recomputed & ((ledger.died != NEVER) | cut_short)
 
     category[activation | recomputed] = CATEGORY_CODE[Category.ACTIVATIONS]
     category[temporary] = CATEGORY_CODE[Category.TEMPORARIES]

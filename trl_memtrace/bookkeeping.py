@@ -57,25 +57,45 @@ def _with_owners_baseline(recording: Recording, claims: Claims) -> tuple[Ledger,
 def step_record(
     number: int, books: Books, allocator: Int64Array, seconds: float, reserved_bytes: int | None = None
 ) -> StepRecord:
+    """The record of a step.
+
+    Args:
+        number: the step's.
+        books: of the step.
+        allocator: ``(N + 1,)`` bytes at each instant by the allocator's own count.
+        seconds: how long the step took.
+        reserved_bytes: the most that the caching allocator had reserved.
+    """
     peak = books.peak(books.spans)
-    phases = {phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)}
-    phase = next((span.phase for span in books.spans if span.start <= peak <= span.end and peak > span.start), None)
-    modules = fold_modules(books.modules_at(peak), MAX_MODULES)
+    phase = next((span.phase for span in books.spans if span.start < peak <= span.end), books.spans[0].phase)
     return StepRecord(
         step=number,
         traced=True,
-        phases=phases,
-        peak=Peak(
-            phase=phase or books.spans[0].phase,
-            bytes=int(allocator[peak]),
-            allocator_bytes=int(allocator[peak]),
-            categories=_categories(books, allocator, peak),
-            roles=books.roles_at(peak),
-            modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
-        ),
+        phases={phase.value: _phase_record(books, allocator, spans) for phase, spans in _by_phase(books.spans)},
+        peak=peak_at(books, allocator, peak, phase),
         reserved_bytes=reserved_bytes,
         seconds=seconds,
     )
+
+
+def peak_at(books: Books, allocator: Int64Array, instant: int, phase: Phase) -> Peak:
+    """What was alive at an instant, in full."""
+    modules = fold_modules(books.modules_at(instant), MAX_MODULES)
+    return Peak(
+        phase=phase,
+        bytes=int(allocator[instant]),
+        allocator_bytes=int(allocator[instant]),
+        categories=_categories(books, allocator, instant),
+        roles=books.roles_at(instant),
+        modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
+    )
+
+
+def last_allocation(ledger: Ledger, time_ns: int) -> int:
+    """The instant just after the last allocation by a time: where an allocation failed, what came after are frees."""
+    until = int(ledger.instants([time_ns])[0])
+    earlier = ledger.born[ledger.born <= until]
+    return int(earlier.max()) if len(earlier) else 0
 
 
 def _by_phase(spans: Sequence[Span]) -> Iterator[tuple[Phase, list[Span]]]:

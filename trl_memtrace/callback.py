@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from .errors import MemtraceWarning
 from .phases import COMPILED_CHILD
-from .records import Peak, RunTrace, StepRecord, record_name
+from .records import FailureRecord, Peak, RunTrace, StepRecord, record_name
 from .run_info import describe_run
 from .sinks import Sink
 from .sinks.jsonl import JsonlSink
@@ -162,12 +162,15 @@ class MemTrace(TrainerCallback):
         if record is not None:
             self._tell_sinks(lambda sink: sink.log(record, global_step))
 
-    def _training_failed(self) -> None:
+    def _training_failed(self, problem: BaseException) -> None:
         with contextlib.suppress(Exception):
-            self._finish()
+            failure = self._tracer.fail(problem) if self._tracer is not None else None
+            if failure is not None:
+                self._tell_sinks(lambda sink: sink.fail(failure))
+            self._finish(failure)
         self._switch_off()
 
-    def _finish(self) -> None:
+    def _finish(self, failure: FailureRecord | None = None) -> None:
         tracer = self._tracer
         if tracer is None:
             return
@@ -177,9 +180,11 @@ class MemTrace(TrainerCallback):
         wanted, path = self._table_wanted, self._path
         self._switch_off()
         if wanted:
-            from .reporters.terminal import print_summary
+            from .reporters.terminal import print_failure, print_summary
 
             print_summary(summary, path)
+            if failure is not None:
+                print_failure(failure)
 
     def _switch_off(self) -> None:
         """Remove everything that is installed."""
@@ -264,7 +269,7 @@ def _as_called(model: Any, trainer: Any) -> Any:
     return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
 
 
-def _watch_loop(trainer: Any, failed: Callable[[], None]) -> Callable[[], None] | None:
+def _watch_loop(trainer: Any, failed: Callable[[BaseException], None]) -> Callable[[], None] | None:
     """Have ``failed`` called when training ends in an exception, of which a callback is not told. Returns what undoes
     it."""
     name = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
@@ -276,8 +281,8 @@ def _watch_loop(trainer: Any, failed: Callable[[], None]) -> Callable[[], None] 
     def watched(*args: Any, **kwargs: Any) -> Any:
         try:
             return original(*args, **kwargs)
-        except BaseException:
-            failed()
+        except BaseException as problem:
+            failed(problem)
             raise
 
     def undo() -> None:

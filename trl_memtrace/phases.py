@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,6 +91,23 @@ def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             pending.extend((prefix + child, part) for child, part in module.named_children())
 
 
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Where an exception was first seen. It is known by its identity: to hold it would hold what its frames hold.
+
+    Attributes:
+        identity: ``id`` of the exception.
+        phase: the phase under way.
+        module: the innermost module whose forward was under way, ``""`` outside all.
+        time_ns: when, on the recorder's clock.
+    """
+
+    identity: int
+    phase: Phase
+    module: str
+    time_ns: int
+
+
 class PhaseWatch:
     """Follows one step of one model through its phases and modules.
 
@@ -123,6 +142,7 @@ class PhaseWatch:
         self._names: list[str] = []
         self._stack: list[int] = []
         self._backward_depth = 0
+        self._sighting: Sighting | None = None
         self._phase = Phase.IDLE
         self._phase_ns: list[int] = []
         self._phases: list[Phase] = []
@@ -130,19 +150,16 @@ class PhaseWatch:
         self._modules: list[int] = []
 
     @property
-    def phase(self) -> Phase:
-        """The phase under way."""
-        return self._phase
-
-    @property
     def sees_optimizer(self) -> bool:
         """Whether it is told of the optimizer's steps; an optimizer that is not torch's has no hooks."""
         return isinstance(self._optimizer, torch.optim.Optimizer)
 
-    @property
-    def module(self) -> str:
-        """The innermost module whose forward is under way, ``""`` outside all."""
-        return self._names[self._stack[-1]] if self._stack else ""
+    def sighting_of(self, problem: BaseException) -> Sighting:
+        """Where an exception was first seen; here and now, where it has not been seen before."""
+        if self._sighting is None or self._sighting.identity != id(problem):
+            self._see(problem)
+        assert self._sighting is not None
+        return self._sighting
 
     def install(self, modules: bool = True) -> None:
         """Put every hook in place; those on the model's parts only to tell modules apart."""
@@ -194,6 +211,7 @@ class PhaseWatch:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if torch.compiler.is_compiling() or number not in stack:
                 return
+            self._look()
             while stack.pop() != number:  # modules whose own end was lost to an exception
                 pass
             times.append(clock())
@@ -203,6 +221,16 @@ class PhaseWatch:
 
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_root))
         self._handles.append(module.register_forward_hook(leave, always_call=True))
+
+    def _look(self) -> None:
+        """See the exception that is passing through, if one is."""
+        problem = sys.exc_info()[1]
+        if problem is not None and (self._sighting is None or self._sighting.identity != id(problem)):
+            self._see(problem)
+
+    def _see(self, problem: BaseException) -> None:
+        module = self._names[self._stack[-1]] if self._stack else ""
+        self._sighting = Sighting(id(problem), self._phase, module, self._clock())
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
@@ -215,6 +243,7 @@ class PhaseWatch:
             if self._backward_depth == 1:
                 self._enter(Phase.BACKWARD)
             return
+        self._look()
         self._backward_depth -= 1
         if self._backward_depth == 0:
             self._on_backward_end()

@@ -172,6 +172,91 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Something that would have helped.
+
+    Attributes:
+        what: what to do, as a setting where there is one.
+        why: what in the books it is about.
+        frees_bytes: how much of what was held then it frees, by the books; at most that much.
+    """
+
+    what: str
+    why: str
+    frees_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"what": self.what, "why": self.why, "frees_bytes": self.frees_bytes}
+
+
+@dataclass(frozen=True, slots=True)
+class FailureRecord:
+    """What held the memory when training ended in an exception.
+
+    Attributes:
+        step: the step that was under way.
+        out_of_memory: whether it was memory that could not be had.
+        error: the exception's type and the first line of what it says.
+        phase: the phase under way; None where the step was not watched.
+        module: the innermost module whose forward was under way, ``""`` outside all.
+        requested_bytes: what was asked for, where the exception says it.
+        peak: what was alive at that moment; of the last traced step where this one was not traced.
+        traced: whether ``peak`` is of that very moment.
+        reserved_bytes: what the caching allocator had reserved, None where there is none.
+        free_bytes: what of it was free, in pieces that were too small or of the wrong pool.
+        suggestions: what would have helped, the most helpful first.
+    """
+
+    step: int
+    out_of_memory: bool
+    error: str
+    phase: Phase | None
+    module: str
+    requested_bytes: int | None
+    peak: Peak
+    traced: bool
+    reserved_bytes: int | None = None
+    free_bytes: int | None = None
+    suggestions: tuple[Suggestion, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        held = self.peak.to_json()
+        return {
+            "record": "oom" if self.out_of_memory else "failure",
+            "step": self.step,
+            "error": self.error,
+            "phase": self.phase.value if self.phase else None,
+            "module": self.module,
+            "requested_bytes": self.requested_bytes,
+            "traced": self.traced,
+            **{key: held[key] for key in ("bytes", "allocator_bytes", "categories", "roles", "modules")},
+            "reserved_bytes": self.reserved_bytes,
+            "free_bytes": self.free_bytes,
+            "suggestions": [suggestion.to_json() for suggestion in self.suggestions],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FailureRecord:
+        phase = Phase(data["phase"]) if data["phase"] else None
+        return cls(
+            step=_integer(data["step"]),
+            out_of_memory=data["record"] == "oom",
+            error=str(data["error"]),
+            phase=phase,
+            module=str(data["module"]),
+            requested_bytes=_integer_or_none(data["requested_bytes"]),
+            peak=Peak.from_json({**data, "step": None}),
+            traced=bool(data["traced"]),
+            reserved_bytes=_integer_or_none(data["reserved_bytes"]),
+            free_bytes=_integer_or_none(data["free_bytes"]),
+            suggestions=tuple(
+                Suggestion(str(row["what"]), str(row["why"]), _integer(row["frees_bytes"]))
+                for row in data["suggestions"]
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RunHeader:
     """What ran, on what, with which versions and settings."""
 
@@ -298,6 +383,7 @@ class RunTrace:
     steps: list[StepRecord] = field(default_factory=list)
     rank: int = 0
     damaged_lines: int = 0
+    failure: FailureRecord | None = None
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.steps)
@@ -376,11 +462,13 @@ class RunTrace:
                 kind = data["record"]
                 if kind == "run":
                     _check_schema(data)
-                    run.header, seen_header = RunHeader.from_json(data), True
+                    run.header, run.failure, seen_header = RunHeader.from_json(data), None, True
                 elif kind == "step":
                     step = StepRecord.from_json(data)
                     steps.pop(step.step, None)
                     steps[step.step] = step
+                elif kind in ("oom", "failure"):
+                    run.failure = FailureRecord.from_json(data)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 run.damaged_lines += 1
         if not seen_header:

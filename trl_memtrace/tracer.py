@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .advice import suggest
 from .attribution import Claims
-from .bookkeeping import keep_books, step_record
+from .bookkeeping import keep_books, last_allocation, peak_at, step_record
+from .categories import Phase
 from .errors import MemtraceWarning
+from .failures import error_line, is_out_of_memory, requested_bytes
 from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, PhaseWatch
 from .recorders import Recorder, RecorderBusyError, Recording, WholeRecording
-from .records import Peak, RunHeader, RunTrace, StepRecord, Summary
+from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,6 +100,7 @@ class MemoryTracer:
         self._steps: list[StepRecord] = []
         self._on_record = on_record or self._steps.append
         self.summary = Summary(header or RunHeader())
+        self.failure: FailureRecord | None = None
         self._recorder: Recorder | None = None
         self._roles: dict[str, str] | None = None
         self._largest_batch = 0
@@ -123,7 +127,7 @@ class MemoryTracer:
     @property
     def run(self) -> RunTrace:
         """The records kept so far, as one run."""
-        return RunTrace(header=self.summary.header, steps=list(self._steps))
+        return RunTrace(header=self.summary.header, steps=list(self._steps), failure=self.failure)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -131,8 +135,8 @@ class MemoryTracer:
         self.begin_step()
         try:
             yield
-        except BaseException:
-            self.abandon_step()
+        except BaseException as problem:
+            self.fail(problem)
             raise
         self.end_step()
 
@@ -173,8 +177,22 @@ class MemoryTracer:
         self._on_record(record)
         return record
 
+    def fail(self, problem: BaseException) -> FailureRecord | None:
+        """The step ended in an exception: what held the memory then. Whatever was installed for the step is removed.
+
+        Returns:
+            the record, which ``run.failure`` holds too; None where no step was under way.
+        """
+        if self._closed or not self._began:
+            return None
+        self.failure = None
+        with self._guarded():
+            self.failure = self._describe_failure(problem)
+        self.abandon_step()
+        return self.failure
+
     def abandon_step(self) -> None:
-        """The step ended in an exception: whatever was installed for it is removed, and it is not recorded."""
+        """Forget the step under way: whatever was installed for it is removed, and it is not recorded."""
         self._began = 0.0
         window, self._window = self._window, None
         if window is not None:
@@ -237,6 +255,48 @@ class MemoryTracer:
         if isinstance(recorded.recording, WholeRecording):
             reserved = recorded.recording.reserved_bytes
         return step_record(self._number, books, allocator, seconds, reserved)
+
+    def _describe_failure(self, problem: BaseException) -> FailureRecord:
+        window, self._window = self._window, None
+        last = self.summary.last
+        failed = FailureRecord(
+            step=self._number,
+            out_of_memory=is_out_of_memory(problem),
+            error=error_line(problem),
+            phase=None,
+            module="",
+            requested_bytes=requested_bytes(problem),
+            peak=last.peak if last is not None else Peak(),
+            traced=False,
+        )
+        if window is not None and self._recorder is not None:
+            sighting = window.phases.sighting_of(problem)
+            failed = replace(failed, phase=sighting.phase, module=sighting.module)
+            try:
+                recorded = window.close(failed=True)
+            finally:
+                window.abandon()
+            if recorded is not None:
+                timeline = window.phases.timeline(self._roles)
+                if sighting.phase in (Phase.FORWARD, Phase.LOSS):  # the backward that would have needed what was there
+                    timeline = timeline.followed_by(Phase.BACKWARD, sighting.time_ns)
+                books, allocator = keep_books(recorded.recording, recorded.claims, timeline)
+                moment = last_allocation(books.ledger, sighting.time_ns)
+                failed = replace(failed, traced=True, peak=peak_at(books, allocator, moment, sighting.phase))
+                if isinstance(recorded.recording, WholeRecording):
+                    reserved = recorded.recording.reserved_bytes
+                    failed = replace(
+                        failed, reserved_bytes=reserved, free_bytes=reserved - recorded.recording.end_bytes
+                    )
+                    requested = recorded.recording.refused_bytes
+                    failed = replace(failed, requested_bytes=requested or failed.requested_bytes)
+        advice = suggest(
+            failed.peak,
+            self.summary.header.args,
+            reserved_bytes=failed.reserved_bytes,
+            free_bytes=failed.free_bytes,
+        )
+        return replace(failed, suggestions=advice)
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
@@ -330,7 +390,7 @@ class _Window:
             finally:
                 hooks.update(theirs)
 
-    def close(self) -> _Recorded | None:
+    def close(self, failed: bool = False) -> _Recorded | None:
         if not self.phases.sees_optimizer:
             self._claim_gradients()
         if not (self.phases.sees_optimizer and self._detailed):
@@ -338,7 +398,7 @@ class _Window:
         if not self._detailed and self._owners is not None:
             self._rows.extend(row for row, _ in self._owners.weights(self._recorder.clock()))
         self._unhook()
-        recording = self._recorder.stop()
+        recording = self._recorder.stop(failed)
         owners, self._owners = self._owners, None
         if recording is None or owners is None:
             return None

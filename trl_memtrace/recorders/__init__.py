@@ -36,12 +36,14 @@ class WholeRecording:
         peak_bytes: the allocator's own peak counter, where its peak was in this recording.
         end_bytes: what the allocator says is allocated at the end.
         reserved_bytes: the most that was reserved.
+        refused_bytes: what the allocator could not give, where that is how the recording ended.
     """
 
     ledger: Ledger
     peak_bytes: int | None
     end_bytes: int
     reserved_bytes: int
+    refused_bytes: int | None = None
 
 
 class Recorder(Protocol):
@@ -75,8 +77,12 @@ class Recorder(Protocol):
     def reserved_bytes(self) -> int | None:
         """What the caching allocator has reserved now; None where there is none."""
 
-    def stop(self) -> Recording | WholeRecording | None:
-        """End, and hand over what was seen; None where the recording was cut short by somebody else."""
+    def stop(self, failed: bool = False) -> Recording | WholeRecording | None:
+        """End, and hand over what was seen; None where the recording was cut short by somebody else.
+
+        Args:
+            failed: an exception ended the step: what was seen when memory was refused is wanted, where it was.
+        """
 
     def abandon(self) -> None:
         """End, whatever the state, and forget what was seen."""

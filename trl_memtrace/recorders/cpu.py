@@ -169,7 +169,7 @@ class CpuRecorder(Recorder):
     def reserved_bytes(self) -> int | None:
         return None
 
-    def stop(self) -> Recording | None:
+    def stop(self, failed: bool = False) -> Recording | None:
         if not self._running():
             self.abandon()
             return None

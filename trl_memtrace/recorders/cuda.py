@@ -12,7 +12,9 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +41,10 @@ class Driver(Protocol):
 
     def stats(self, device: int) -> dict[str, Any]:
         """``torch.cuda.memory_stats_as_nested_dict``."""
+
+    def attach_refusal_observer(self, tell: Callable[[int, int, int, int], None]) -> bool:
+        """Have ``tell`` called with device, bytes asked for, bytes the device has allocated and has free, before an
+        allocation fails. Whether that can be done."""
 
     def on_foreign_history(self, tell: Callable[[], None]) -> Callable[[], None]:
         """Have ``tell`` called when somebody else switches the history on or off. Returns what undoes it."""
@@ -70,6 +76,13 @@ class TorchDriver(Driver):
         stats: dict[str, Any] = self._memory.memory_stats_as_nested_dict(device)
         return stats
 
+    def attach_refusal_observer(self, tell: Callable[[int, int, int, int], None]) -> bool:
+        attach = getattr(self._c, "_cuda_attach_out_of_memory_observer", None)
+        if attach is None:
+            return False
+        attach(tell)
+        return True
+
     def on_foreign_history(self, tell: Callable[[], None]) -> Callable[[], None]:
         original = getattr(self._memory, _RECORD_HISTORY)
 
@@ -84,6 +97,28 @@ class TorchDriver(Driver):
 
         setattr(self._memory, _RECORD_HISTORY, record_memory_history)
         return undo
+
+
+class _Refusals:
+    """Tells recorders when an allocation is about to fail. An observer cannot be detached, so one is attached for the
+    life of the process; it allocates nothing on the device."""
+
+    def __init__(self) -> None:
+        self._recorders: weakref.WeakSet[CudaRecorder] = weakref.WeakSet()
+        self._attached = False
+
+    def follow(self, recorder: CudaRecorder, driver: Driver) -> None:
+        self._recorders.add(recorder)
+        if not self._attached:
+            self._attached = driver.attach_refusal_observer(self._refused)
+
+    def _refused(self, device: int, size: int, allocated: int, free: int) -> None:
+        for recorder in list(self._recorders):
+            with suppress(Exception):  # it runs inside the allocator, and training's own error is on its way
+                recorder.note_refusal(device, size)
+
+
+_refusals = _Refusals()
 
 
 class CudaRecorder(Recorder):
@@ -109,13 +144,16 @@ class CudaRecorder(Recorder):
         self._theirs = self._driver.history_enabled()
         self._forget_foreign = self._driver.on_foreign_history(self._yield_history)
         self._switched_on = False
+        self._refused: tuple[int, dict[str, Any]] | None = None
         self._began_us = 0
         self._highest = 0
+        _refusals.follow(self, self._driver)
 
     def clock(self) -> int:
         return time.time_ns() // 1000 * 1000  # the history has microseconds
 
     def start(self) -> None:
+        self._refused = None
         self._highest = max(self._highest, self._allocated("peak"))
         if not self._theirs:
             self._driver.record_history(
@@ -138,8 +176,8 @@ class CudaRecorder(Recorder):
     def reserved_bytes(self) -> int:
         return int(self._driver.stats(self._device)["reserved_bytes"]["all"]["current"])
 
-    def stop(self) -> WholeRecording | None:
-        data = self._driver.snapshot()
+    def stop(self, failed: bool = False) -> WholeRecording | None:
+        refused, data = self._refused if failed and self._refused is not None else (None, self._driver.snapshot())
         peak, end = self._allocated("peak"), self._allocated("current")
         traces = data.get("device_traces") or []
         trace = traces[self._device] if self._device < len(traces) else []
@@ -159,8 +197,9 @@ class CudaRecorder(Recorder):
         return WholeRecording(
             ledger=replace(history.ledger, time_ns=history.time_us * 1000),
             peak_bytes=new_high,
-            end_bytes=end,
+            end_bytes=end if refused is None else history.end_bytes,
             reserved_bytes=int(history.reserved.max()),
+            refused_bytes=refused,
         )
 
     def abandon(self) -> None:
@@ -171,6 +210,11 @@ class CudaRecorder(Recorder):
         if self._switched_on and not self._theirs:
             self._driver.record_history(enabled=None)
         self._switched_on = False
+
+    def note_refusal(self, device: int, size: int) -> None:
+        """Memory is being refused: keep what the allocator holds now, before the exception lets go of anything."""
+        if device == self._device:
+            self._refused = size, self._driver.snapshot()
 
     def _yield_history(self) -> None:
         """Somebody else has taken the history over: from now on it is his."""

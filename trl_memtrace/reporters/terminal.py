@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..categories import CATEGORIES, PHASES, Category
-from ..records import Peak, PhaseRecord, Summary
+from ..records import FailureRecord, Peak, PhaseRecord, Summary
 from ..units import common_unit, format_bytes
 
 _COLOURS = {
@@ -53,6 +53,46 @@ def render_summary(summary: Summary, path: Path | None = None) -> RenderableType
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
     parts += [Text(note, style="dim") for note in _notes(summary, path)]
     return Padding(Group(*parts), (0, 1, 1, 1))
+
+
+def print_failure(failure: FailureRecord, console: Console | None = None) -> None:
+    """Print what held the memory when training failed, and what would have helped."""
+    (console or Console()).print(Padding(Group(*_failure_parts(failure)), (0, 1, 1, 1)))
+
+
+def _failure_parts(failure: FailureRecord) -> Iterable[RenderableType]:
+    title = Text()
+    title.append("Out of memory" if failure.out_of_memory else "Training ended in an exception", style="bold red")
+    title.append(f" in step {failure.step}")
+    if failure.phase is not None:
+        title.append(f", {failure.phase.value}")
+    if failure.module:
+        title.append(f", in {plain(failure.module.removeprefix(_PEFT_PREFIX))}")
+    if failure.requested_bytes is not None:
+        title.append(f": {format_bytes(failure.requested_bytes)} asked for")
+    yield title
+    yield Text(plain(failure.error), style="dim")
+    peak = failure.peak
+    if peak.bytes is None:
+        return
+    when = "Then" if failure.traced else f"In step {peak.step or 'before'}, the last that was traced,"
+    held = sorted(((size or 0, name) for name, size in peak.categories.items()), reverse=True)
+    parts = ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for size, name in held if size)
+    yield Text(f"{when} {format_bytes(peak.bytes)} was held: {parts}.")
+    if failure.reserved_bytes is not None:
+        yield Text(
+            f"{format_bytes(failure.reserved_bytes)} was reserved, {format_bytes(failure.free_bytes)} of it free"
+            " in pieces that did not fit."
+        )
+    if failure.suggestions:
+        table = _table()
+        table.add_column("would free up to", justify="right", no_wrap=True)
+        table.add_column("what to do", overflow="fold")
+        table.add_column("", overflow="fold")
+        for suggestion in failure.suggestions[:_TOP_MODULES]:
+            why = Text(plain(suggestion.why), style="dim")
+            table.add_row(format_bytes(suggestion.frees_bytes), Text(plain(suggestion.what)), why)
+        yield Padding(table, (1, 0, 0, 0))
 
 
 def plain(text: object) -> str:

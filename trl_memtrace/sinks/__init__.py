@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..records import RunHeader, StepRecord, Summary
+from ..records import FailureRecord, RunHeader, StepRecord, Summary
 
 
 class Sink(Protocol):
@@ -19,6 +19,9 @@ class Sink(Protocol):
 
     def log(self, record: StepRecord, global_step: int) -> None:
         """The trainer is about to log; ``record`` is the traced step that held most since it last did."""
+
+    def fail(self, failure: FailureRecord) -> None:
+        """Training has ended in an exception."""
 
     def close(self, summary: Summary) -> None:
         """The run has ended."""

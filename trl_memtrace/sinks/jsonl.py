@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TextIO
 
-from ..records import RunHeader, StepRecord, Summary, dump_line
+from ..records import FailureRecord, RunHeader, StepRecord, Summary, dump_line
 from . import Sink
 
 
@@ -34,6 +34,9 @@ class JsonlSink(Sink):
 
     def log(self, record: StepRecord, global_step: int) -> None:
         pass
+
+    def fail(self, failure: FailureRecord) -> None:
+        self._write(dump_line(failure.to_json()))
 
     def close(self, summary: Summary) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..records import Categories, Peak, StepRecord, Summary
+from ..records import Categories, FailureRecord, Peak, StepRecord, Summary
 from ..units import to_gib
 
 PREFIX = "memory/"
@@ -37,6 +37,22 @@ def summary_metrics(summary: Summary) -> dict[str, float | str]:
         metrics[f"{PREFIX}run/reserved_peak_gib"] = to_gib(summary.reserved_peak_bytes)
     metrics[f"{PREFIX}run/traced_steps"] = summary.traced_steps
     metrics[f"{PREFIX}run/tracing_seconds"] = summary.tracing_seconds
+    return metrics
+
+
+def failure_metrics(failure: FailureRecord) -> dict[str, float | str]:
+    """What held the memory when training failed: ``memory/failure/total_gib``, ``memory/failure/error``, ..."""
+    prefix = f"{PREFIX}failure"
+    metrics: dict[str, float | str] = {**_levels(prefix, failure.peak.bytes, failure.peak.categories)}
+    metrics[f"{prefix}/error"] = failure.error
+    metrics[f"{prefix}/step"] = failure.step
+    metrics[f"{prefix}/out_of_memory"] = failure.out_of_memory
+    if failure.phase is not None:
+        metrics[f"{prefix}/phase"] = failure.phase.value
+    if failure.requested_bytes is not None:
+        metrics[f"{prefix}/requested_gib"] = to_gib(failure.requested_bytes)
+    if failure.suggestions:
+        metrics[f"{prefix}/would_help"] = failure.suggestions[0].what
     return metrics
 
 

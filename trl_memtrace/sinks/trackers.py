@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..records import RunHeader, StepRecord, Summary
+from ..records import FailureRecord, RunHeader, StepRecord, Summary
 from . import Sink
 from .metrics import step_metrics
 
@@ -31,6 +31,9 @@ class TrackerSink(Sink):
 
     def log(self, record: StepRecord, global_step: int) -> None:
         self._send(step_metrics(record), global_step)
+
+    def fail(self, failure: FailureRecord) -> None:
+        pass
 
     def close(self, summary: Summary) -> None:
         pass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..categories import CATEGORIES
-from ..records import Peak, RunHeader, StepRecord, Summary
+from ..records import FailureRecord, Peak, RunHeader, StepRecord, Summary
 from ..units import to_gib
 from . import Sink
-from .metrics import PREFIX, module_rows, step_metrics, summary_metrics
+from .metrics import PREFIX, failure_metrics, module_rows, step_metrics, summary_metrics
 
 GLOBAL_STEP = "train/global_step"
 """What the Trainer's own W&B callback uses as x axis."""
@@ -36,6 +36,11 @@ class WandbSink(Sink):
         run = _active_run()
         if run is not None:
             run.log({**step_metrics(record), GLOBAL_STEP: global_step}, commit=False)
+
+    def fail(self, failure: FailureRecord) -> None:
+        run = _active_run()
+        if run is not None:
+            run.summary.update(failure_metrics(failure))
 
     def close(self, summary: Summary) -> None:
         run = _active_run()
