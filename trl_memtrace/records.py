@@ -379,7 +379,6 @@ class RunTrace:
                     run.header, seen_header = RunHeader.from_json(data), True
                 elif kind == "step":
                     step = StepRecord.from_json(data)
-                    steps.pop(step.step, None)
                     steps[step.step] = step
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 run.damaged_lines += 1
