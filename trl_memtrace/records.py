@@ -465,7 +465,6 @@ class RunTrace:
                     run.header, run.failure, seen_header = RunHeader.from_json(data), None, True
                 elif kind == "step":
                     step = StepRecord.from_json(data)
-                    steps.pop(step.step, None)
                     steps[step.step] = step
                 elif kind in ("oom", "failure"):
                     run.failure = FailureRecord.from_json(data)
