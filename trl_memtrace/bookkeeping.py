@@ -16,16 +16,24 @@ MAX_MODULES = 64
 """How many modules a step's record names; smaller ones are counted with their parents."""
 
 
-def keep_books(recording: Recording | WholeRecording, claims: Claims, timeline: Timeline) -> tuple[Books, Int64Array]:
+def keep_books(
+    recording: Recording | WholeRecording, claims: Claims, timeline: Timeline, *, cut_short: bool = False
+) -> tuple[Books, Int64Array]:
     """The books of one recording, and the allocator's own level beside them.
+
+    Args:
+        recording: what a recorder saw.
+        claims: what owners said meanwhile.
+        timeline: what was going on.
+        cut_short: whether an exception ended the recording.
 
     Returns:
         the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
     """
     if isinstance(recording, Recording):
         ledger, allocator = _with_owners_baseline(recording, claims)
-        return attribute(ledger, claims, timeline), allocator
-    books = attribute(recording.ledger, claims, timeline)
+        return attribute(ledger, claims, timeline, cut_short=cut_short), allocator
+    books = attribute(recording.ledger, claims, timeline, cut_short=cut_short)
     level = recording.ledger.level
     allocator = level + (recording.end_bytes - level[-1])
     if recording.peak_bytes is not None:

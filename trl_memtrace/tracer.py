@@ -280,7 +280,7 @@ class MemoryTracer:
                 timeline = window.phases.timeline(self._roles)
                 if sighting.phase in (Phase.FORWARD, Phase.LOSS):  # the backward that would have needed what was there
                     timeline = timeline.followed_by(Phase.BACKWARD, sighting.time_ns)
-                books, allocator = keep_books(recorded.recording, recorded.claims, timeline)
+                books, allocator = keep_books(recorded.recording, recorded.claims, timeline, cut_short=True)
                 moment = last_allocation(books.ledger, sighting.time_ns)
                 failed = replace(failed, traced=True, peak=peak_at(books, allocator, moment, sighting.phase))
                 if isinstance(recorded.recording, WholeRecording):
