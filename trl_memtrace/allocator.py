@@ -933,6 +933,15 @@ class Replay:
     strays: tuple[int, ...]
     mismatches: tuple[Mismatch, ...]
 
+    def summary(self) -> dict[str, int]:
+        """What ``simulated`` holds in a record's summary."""
+        return {
+            "reserved_peak_bytes": self.reserved_peak_bytes,
+            "reserved_end_bytes": self.reserved_end_bytes,
+            "segment_requests": self.segment_requests,
+            "matching_segment_requests": self.matching_segment_requests,
+        }
+
 
 class _Entry(NamedTuple):
     event: int
@@ -979,6 +988,10 @@ def replay_snapshot(
     The state before the trace is found by undoing the trace from the final segments; the allocations and completed
     frees are then repeated. The file also answers what no simulation can know: where the driver placed a segment, and
     when memory was given back for an outside reason (``torch.cuda.empty_cache()``, or a device that was full).
+
+    Known limits: snapshots of PyTorch before 2.3 do not say their settings, so only ``expandable_segments`` is known
+    for them; before 2.12 they do not say the private pool (of a CUDA graph) of a segment that is gone by the end; none
+    says the device's size, which bounds the address space of an expandable segment.
 
     Args:
         snapshot: the decoded dictionary of ``torch.cuda.memory._dump_snapshot``.
