@@ -18,7 +18,7 @@ test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest -s tests/gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

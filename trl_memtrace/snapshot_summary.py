@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from .attribution import Books
 from .bookkeeping import step_record
@@ -12,9 +11,6 @@ from .categories import Phase
 from .frames import CallSite, attribute_by_frames, call_sites
 from .recorders.snapshot import DeviceHistory, Snapshot, devices_of, read_history
 from .records import RunHeader, Summary
-
-if TYPE_CHECKING:
-    from .allocator import Replay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,16 +30,6 @@ class SnapshotAnalysis:
     summary: Summary
     sites: Sequence[CallSite]
     others: Sequence[int]
-
-
-def simulated_json(replay: Replay) -> dict[str, int]:
-    """What the simulated allocator made of a snapshot, as it stands in the summary."""
-    return {
-        "reserved_peak_bytes": replay.reserved_peak_bytes,
-        "reserved_end_bytes": replay.reserved_end_bytes,
-        "segment_requests": replay.segment_requests,
-        "matching_segment_requests": replay.matching_segment_requests,
-    }
 
 
 def analyse(snapshot: Snapshot, device: int | None = None, *, user_frames: bool = False) -> SnapshotAnalysis:

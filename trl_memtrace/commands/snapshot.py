@@ -23,7 +23,7 @@ def snapshot(
 ) -> None:
     """Say what a snapshot file holds: categories at the peak and at the end, phases, call sites, reserved memory."""
     from ..recorders.snapshot import read_snapshot
-    from ..snapshot_summary import analyse, simulated_json
+    from ..snapshot_summary import analyse
     from . import quick_imports
 
     with quick_imports():
@@ -33,7 +33,7 @@ def snapshot(
         if simulate:
             from ..allocator import replay_snapshot
 
-            simulated = simulated_json(replay_snapshot(read.data, analysis.history.device))
+            simulated = replay_snapshot(read.data, analysis.history.device).summary()
         if as_json:
             summary = analysis.summary.to_json()
             print(json.dumps(summary if simulated is None else {**summary, "simulated": simulated}))
