@@ -4,18 +4,22 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
 
+from trl_memtrace.allocator import CachingAllocator
 from trl_memtrace.device import (
     DEVICES,
     DeviceUsage,
+    Nvml,
     TorchRuntime,
     balance,
     cublas_workspace_bytes,
@@ -160,7 +164,7 @@ def test_everything_is_known_where_the_driver_answers() -> None:
 
 
 def test_a_process_that_computes_and_draws_counts_once() -> None:
-    card = Card(computing=[process(PID, 100), process(7, 30)], drawing=[process(PID, 100), process(7, None)])
+    card = Card(computing=[process(PID, 100), process(7, 30)], drawing=[process(PID, 99), process(7, None)])
     usage = read(FakeNvml(card))
     assert (usage.process_bytes, usage.other_processes_bytes, usage.missing) == (100 * MIB, 30 * MIB, ())
 
@@ -180,6 +184,12 @@ def test_without_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pynvml_itself_is_asked_when_nobody_else_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(Card()))
     assert read_usage(runtime=FakeRuntime(), environ={}, pid=PID).process_bytes == 15005 * MIB
+
+
+def test_pynvml_has_all_that_is_asked_of_it() -> None:
+    asked = {**vars(Nvml), **Nvml.__annotations__}
+    assert [name for name in asked if name.startswith("nvml") and not hasattr(pynvml, name)] == []
+    assert "version" in inspect.signature(pynvml.nvmlDeviceGetMemoryInfo).parameters
 
 
 def test_importing_the_module_loads_neither_torch_nor_pynvml() -> None:
@@ -374,7 +384,10 @@ def test_a_mig_instance_without_permission() -> None:
     assert "NVML says Insufficient Permissions" in only(usage)
 
 
-def test_torch_is_not_asked_before_it_has_initialised_cuda() -> None:
+@pytest.mark.parametrize("loaded", [False, True])
+def test_torch_is_not_asked_before_it_has_initialised_cuda(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda) if loaded else None)
     assert TorchRuntime().uuid(0) is None
     assert TorchRuntime().memory(0) is None
 
@@ -516,24 +529,37 @@ def test_totals_are_nvidia_smis_or_nominal() -> None:
 
 def test_contexts_are_known_only_where_a_source_is() -> None:
     assert {device.name for device in DEVICES if device.context} == {"Tesla T4", A100}
-    assert find_device("T4").context.bytes == 147_718_144
+    assert (find_device("T4").context.bytes, find_device("T4").context.torch) == (147_718_144, "2.14.0")
     assert find_device("H100").context is None
     assert all(context.source for device in DEVICES for context in device.contexts)
 
 
 def test_the_a100s_context_is_one_for_both_of_its_readings() -> None:
-    """Phi-3-mini, weight by weight, as the caching allocator reserves it: blocks of 10 MiB and more in twos of MiB."""
+    """Phi-3-mini, weight by weight, through the simulated allocator."""
+    layer = [3072, 3072 * 9216, 3072 * 3072, 3072, 3072 * 16384, 8192 * 3072]
     for bytes_each, reading in ((4, 15005), (2, 7717)):
-        linear = [3072 * 9216, 3072 * 3072, 3072 * 16384, 8192 * 3072] * 32 + [32064 * 3072] * 2
-        large = sum(-(-count * bytes_each // (2 * MIB)) * 2 for count in linear)
-        norms = 2
-        assert find_device(A100).context.bytes == (reading - large - norms) * MIB
+        allocator = CachingAllocator()
+        for count in [32064 * 3072, *layer * 32, 3072, 32064 * 3072]:
+            allocator.allocate(count * bytes_each)
+        assert find_device(A100).context.bytes == reading * MIB - allocator.reserved_bytes
 
 
 def test_the_t4s_context_is_its_processes_less_reserved() -> None:
     """Two rows of the published runs, in GiB."""
     for process_gib, reserved_gib in ((11.6083, 11.4707), (6.7196, 6.582)):
         assert find_device("T4").context.bytes == pytest.approx((process_gib - reserved_gib) * GIB, rel=1e-3)
+
+
+def test_the_page_of_devices_shows_the_table() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "devices.md").read_text(encoding="utf-8")
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in page.splitlines()]
+    for device in DEVICES:
+        context = f"{device.context.bytes / MIB:g}" if device.context else ""
+        capability = ".".join(map(str, device.capability))
+        mib = f"{device.total_bytes // MIB}"
+        source = next(row[4] for row in rows if row[0] == device.name)
+        assert (device.name, mib, capability, context, source) in rows
+        assert source == "nominal" if device.total_source is None else device.total_source in source
 
 
 def test_a_device_of_any_size() -> None:

@@ -403,7 +403,7 @@ class Device:
         capability: its compute capability; None for one that only has a size.
         aliases: what else a user may call it.
         total_source: where ``nvidia-smi`` showed that total; None where it is the nominal one.
-        contexts: CUDA contexts that were measured on it, the most telling last; empty where no source is known.
+        contexts: CUDA contexts that were measured on it, the newest last; empty where no source is known.
     """
 
     name: str
@@ -415,7 +415,7 @@ class Device:
 
     @property
     def context(self) -> Context | None:
-        """The CUDA context to reckon with; None where no source is known."""
+        """The newest measured CUDA context; None where no source is known."""
         return self.contexts[-1] if self.contexts else None
 
 
