@@ -7,13 +7,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .attribution import Books, Claims, Span, Timeline, attribute, find_claimed, fold_modules
-from .categories import Category, Phase
+from .categories import ROLE_SEPARATOR, Category, Phase
 from .ledger import Int64Array, Ledger
 from .recorders import Recording, WholeRecording
 from .records import Peak, PhaseRecord, StepRecord, category_table
 
 MAX_MODULES = 64
 """How many modules a step's record names; smaller ones are counted with their parents."""
+
+MAX_NAMES = 8_000
+"""How many characters their names may have together."""
+
+MAX_ROLES = 40
+"""How many roles a step's record names."""
 
 
 def keep_books(
@@ -89,14 +95,28 @@ def step_record(
 def peak_at(books: Books, allocator: Int64Array, instant: int, phase: Phase) -> Peak:
     """What was alive at an instant, in full."""
     modules = fold_modules(books.modules_at(instant), MAX_MODULES)
+    kept = MAX_MODULES
+    while sum(map(len, modules)) > MAX_NAMES and kept > 1:
+        kept //= 2
+        modules = fold_modules(modules, kept)
     return Peak(
         phase=phase,
         bytes=int(allocator[instant]),
         allocator_bytes=int(allocator[instant]),
         categories=_categories(books, allocator, instant),
-        roles=books.roles_at(instant),
+        roles=_largest_roles(books.roles_at(instant)),
         modules={name: {kind.value: size for kind, size in row.items()} for name, row in sorted(modules.items())},
     )
+
+
+def _largest_roles(roles: dict[str, int]) -> dict[str, int]:
+    """The largest roles; the others are counted together, by category."""
+    kept = dict(sorted(roles.items(), key=lambda row: -row[1])[:MAX_ROLES])
+    for name, size in roles.items():
+        if name not in kept:
+            rest = f"{name.split(ROLE_SEPARATOR)[0]}{ROLE_SEPARATOR}rest"
+            kept[rest] = kept.get(rest, 0) + size
+    return kept
 
 
 def last_allocation(ledger: Ledger, time_ns: int) -> int:

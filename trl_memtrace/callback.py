@@ -7,7 +7,6 @@ import functools
 import inspect
 import logging
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -16,9 +15,9 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
-from .errors import MemtraceWarning
+from .errors import warn
 from .phases import COMPILED_CHILD
-from .records import FailureRecord, Peak, RunTrace, StepRecord, record_name
+from .records import FailureRecord, Peak, RunTrace, StepRecord, Summary, record_name
 from .run_info import describe_run
 from .sinks import Sink
 from .sinks.jsonl import JsonlSink
@@ -41,8 +40,8 @@ def _never_costs_the_run(event: _Event) -> _Event:
             event(self, *args, **kwargs)
         except Exception as problem:
             logger.debug("MemTrace failed in %s", event.__name__, exc_info=problem)
-            _warn(f"MemTrace has switched itself off, training goes on: {type(problem).__name__}: {problem}")
             self._switch_off()
+            warn(f"MemTrace has switched itself off, training goes on: {type(problem).__name__}: {problem}")
 
     return guarded  # type: ignore[return-value]
 
@@ -87,6 +86,8 @@ class MemTrace(TrainerCallback):
             raise ValueError(f"print_table must be True, False or None, not {print_table!r}")
         self._print_table = print_table
         self._tracer: MemoryTracer | None = None
+        self._begin: Callable[..., MemoryTracer] | None = None
+        self._summary: Summary | None = None
         self._sinks: list[Sink] = []
         self._pending: StepRecord | None = None
         self._run: RunTrace | None = None
@@ -109,31 +110,38 @@ class MemTrace(TrainerCallback):
         return self._path
 
     @_never_costs_the_run
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._switch_off()
-        if _active.get(model) is not None:
-            _warn("this trainer has a MemTrace already; the second one is switched off")
-            return
         trainer = _calling_trainer(state)
+        other = _active.get(model)
+        if other is not None and (trainer is None or other in trainer.callback_handler.callbacks):
+            warn("this trainer has a MemTrace already; the second one is switched off")
+            return
+        if other is not None:  # left behind by a trainer that failed before its first step
+            other._switch_off()
         header = describe_run(args, model, trainer, asdict(self._policy))
         self._sinks = list(self._make_sinks(args, state, control, trainer))
         _active[model] = self
-        self._tracer = MemoryTracer(
+        self._summary = Summary(header)
+        # Not before the first step: what fails until then fails with nothing of ours on the model.
+        self._begin = functools.partial(
+            MemoryTracer,
             _as_called(model, trainer),
-            optimizer,
             policy=self._policy,
             header=header,
             on_record=self._take,
+            others=_other_models(trainer, model),
         )
         chosen = self._print_table
         self._table_wanted = state.is_world_process_zero and (not args.disable_tqdm if chosen is None else chosen)
-        self._unwatch_loop = _watch_loop(trainer, self._training_failed)
+        self._unwatch_loop = _watch_loop(trainer, self)
         self._tell_sinks(lambda sink: sink.open(header))
 
     @_never_costs_the_run
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self._begin is not None:
+            self._tracer, self._begin = self._begin(optimizer=optimizer), None
+            self._summary = self._tracer.summary
         if self._tracer is not None:
             self._tracer.begin_step(state.global_step + 1, optimizer)
 
@@ -162,7 +170,8 @@ class MemTrace(TrainerCallback):
         if record is not None:
             self._tell_sinks(lambda sink: sink.log(record, global_step))
 
-    def _training_failed(self, problem: BaseException) -> None:
+    def training_failed(self, problem: BaseException) -> None:
+        """Training is ending in an exception."""
         with contextlib.suppress(Exception):
             failure = self._tracer.fail(problem) if self._tracer is not None else None
             if failure is not None:
@@ -170,12 +179,17 @@ class MemTrace(TrainerCallback):
             self._finish(failure)
         self._switch_off()
 
+    @_never_costs_the_run
+    def taken_off(self) -> None:
+        """Somebody has removed this callback from its trainer."""
+        self._finish()
+
     def _finish(self, failure: FailureRecord | None = None) -> None:
-        tracer = self._tracer
-        if tracer is None:
+        if self._summary is None:
             return
-        tracer.close()
-        summary = tracer.summary
+        if self._tracer is not None:
+            self._tracer.close()
+        summary, self._summary = self._summary, None
         self._tell_sinks(lambda sink: sink.close(summary))
         wanted, path = self._table_wanted, self._path
         self._switch_off()
@@ -191,6 +205,7 @@ class MemTrace(TrainerCallback):
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
             tracer.close()
+        self._begin = self._summary = None
         if self._unwatch_loop is not None:
             self._unwatch_loop()
             self._unwatch_loop = None
@@ -206,9 +221,9 @@ class MemTrace(TrainerCallback):
             except Exception as problem:
                 name = type(sink).__name__
                 logger.debug("%s failed", name, exc_info=problem)
-                reason = f"{type(problem).__name__}: {problem}"
-                _warn(f"{name} is switched off, training and the other reports go on: {reason}")
                 self._sinks.remove(sink)
+                reason = f"{type(problem).__name__}: {problem}"
+                warn(f"{name} is switched off, training and the other reports go on: {reason}")
 
     def _make_sinks(self, args: Any, state: Any, control: Any, trainer: Any) -> Iterator[Sink]:
         folder = self._output_dir or Path(args.output_dir) / "memtrace"
@@ -234,7 +249,7 @@ def _tracker_sinks(
         if name == "wandb":
             from .sinks.wandb import WandbSink
 
-            yield WandbSink(settings)
+            yield WandbSink(settings, own_rows=name not in (args.report_to or ()))
         elif name == "trackio":
             yield trackers.TrackerSink(trackers.trackio())
         else:
@@ -269,28 +284,43 @@ def _as_called(model: Any, trainer: Any) -> Any:
     return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
 
 
-def _watch_loop(trainer: Any, failed: Callable[[BaseException], None]) -> Callable[[], None] | None:
-    """Have ``failed`` called when training ends in an exception, of which a callback is not told. Returns what undoes
-    it."""
-    name = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
-    original = getattr(trainer, name, None)
-    if original is None or name in vars(trainer):
+def _watch_loop(trainer: Any, callback: MemTrace) -> Callable[[], None] | None:
+    """Have the callback told when training ends in an exception, of which callbacks are not told, and when it has
+    ended after the callback was taken off. Returns what undoes it."""
+    if trainer is None:
         return None
+    handler = trainer.callback_handler
+    loop = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
 
-    @functools.wraps(original)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(*args, **kwargs)
-        except BaseException as problem:
-            failed(problem)
-            raise
+    def watch(owner: Any, name: str) -> Callable[[], None]:
+        original = getattr(owner, name)
 
-    def undo() -> None:
-        if vars(trainer).get(name) is watched:
-            delattr(trainer, name)
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                result = original(*args, **kwargs)
+            except BaseException as problem:
+                callback.training_failed(problem)
+                raise
+            if name == loop and callback not in handler.callbacks:
+                callback.taken_off()
+            return result
 
-    setattr(trainer, name, watched)
-    return undo
+        def undo() -> None:
+            if vars(owner).get(name) is watched:
+                delattr(owner, name)
+
+        setattr(owner, name, watched)
+        return undo
+
+    places = [(trainer, loop), (handler, "call_event")]
+    undos = [watch(owner, name) for owner, name in places if hasattr(owner, name) and name not in vars(owner)]
+
+    def undo_all() -> None:
+        for undo in undos:
+            undo()
+
+    return undo_all
 
 
 def _checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
@@ -318,9 +348,15 @@ def _checked_report_to(report_to: str | Sequence[str]) -> str | list[str]:
     return list(names)
 
 
+def _other_models(trainer: Any, model: Any) -> dict[str, Any]:
+    """What else a trainer keeps in memory: reference, reward, value and teacher models, by the names it has for
+    them."""
+    from torch import nn
+
+    known = {id(model), id(getattr(trainer, "model_wrapped", None))}
+    found = {name: value for name, value in vars(trainer).items() if isinstance(value, nn.Module)} if trainer else {}
+    return {name: value for name, value in found.items() if id(value) not in known}
+
+
 def _bytes(peak: Peak) -> int:
     return peak.bytes or 0
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, MemtraceWarning, stacklevel=3)

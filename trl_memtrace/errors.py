@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
+logger = logging.getLogger(__name__)
+
 
 class MemtraceError(Exception):
     """A problem the user can act on; a command prints it as one line and exits with ``exit_code``."""
@@ -11,6 +16,15 @@ class MemtraceError(Exception):
 
 class RecordError(MemtraceError):
     """A record that cannot be read: missing, empty, damaged, foreign or of a newer schema."""
+
+
+def warn(message: str) -> None:
+    """Warn of what is not measured. Where warnings are made errors, it is logged: a guest's warning never ends a
+    run."""
+    try:
+        warnings.warn(message, MemtraceWarning, stacklevel=4)
+    except MemtraceWarning:
+        logger.warning(message)
 
 
 class MemtraceWarning(UserWarning):

@@ -45,21 +45,22 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def tensors_in(value: Any, depth: int = _MAX_DEPTH) -> Iterator[torch.Tensor]:
-    """Every tensor inside nested containers, dataclasses and bitsandbytes' state objects."""
+def tensors_in(value: Any, depth: int = _MAX_DEPTH, *, any_object: bool = False) -> Iterator[torch.Tensor]:
+    """Every tensor inside nested containers, dataclasses and bitsandbytes' state objects; in any object, where
+    asked."""
     if isinstance(value, torch.Tensor):
         yield value
     elif depth == 0 or isinstance(value, (*_PLAIN_TYPES, type)):
         return
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1, any_object=any_object)
     elif isinstance(value, (list, tuple, set, frozenset)):
         for item in value:
-            yield from tensors_in(item, depth - 1)
-    elif dataclasses.is_dataclass(value) or type(value).__module__.partition(".")[0] == "bitsandbytes":
+            yield from tensors_in(item, depth - 1, any_object=any_object)
+    elif any_object or dataclasses.is_dataclass(value) or type(value).__module__.partition(".")[0] == "bitsandbytes":
         for item in vars(value).values() if hasattr(value, "__dict__") else ():
-            yield from tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1, any_object=any_object)
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -76,7 +77,9 @@ class Owners:
     holds references to parameters.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, device_type: str) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Any, device_type: str, others: Mapping[str, nn.Module] | None = None
+    ) -> None:
         self.owners: list[Owner] = []
         self._device_type = device_type
         self._numbers: dict[tuple[Category, str, str], int] = {}
@@ -85,6 +88,8 @@ class Owners:
         self._extras: list[tuple[torch.Tensor, int]] = []
         self._place: dict[int, tuple[str, str]] = {}  # by id of a parameter: its module's name, and what kind it is
         self._walk(model)
+        for name, other in (others or {}).items():
+            self._keep(name, other)
 
     def weights(self, time_ns: int) -> Iterator[Found]:
         """Parameters, buffers, and what quantization keeps beside them."""
@@ -118,7 +123,7 @@ class Owners:
                 module, _ = self._place.get(id(parameter), (ROOT_MODULE, ""))
                 for name, value in entries.items() if isinstance(entries, Mapping) else (("state", entries),):
                     number = self._number(Category.OPTIMIZER_STATES, str(name), module)
-                    for tensor in tensors_in(value):
+                    for tensor in tensors_in(value, any_object=True):
                         yield from self._rows(time_ns, tensor, number)
         for group in getattr(self._optimizer, "param_groups", ()):
             number = self._number(Category.OPTIMIZER_STATES, "hyperparameters", ROOT_MODULE)
@@ -176,6 +181,14 @@ class Owners:
             own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
             quantized = type(module).__module__.startswith("bitsandbytes")
             self._add_extras(name, "quant_state" if quantized else "buffer", own)
+
+    def _keep(self, name: str, other: nn.Module) -> None:
+        """A model that is only used: whatever it holds that the trained one does not is a reference."""
+        own = {id(parameter) for parameter in self._parameters}
+        number = self._number(Category.WEIGHTS, "reference", name)
+        for tensor in (*other.parameters(), *other.buffers()):
+            if id(tensor) not in own:
+                self._extras.append((tensor, number))
 
     def _add_extras(self, module: str, kind: str, values: Mapping[str, Any]) -> None:
         for value in values.values():

@@ -25,6 +25,41 @@ COMPILED_CHILD = "_orig_mod"
 _ENGINE = "_engine_run_backward"
 
 
+class Hook:
+    """A hook that belongs to the model it was put on: a copy of that model, or its pickle, has one that does
+    nothing."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return does_nothing
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _nothing, ()
+
+
+def does_nothing(*args: Any, **kwargs: Any) -> None:
+    """What copies of a hook do."""
+
+
+def _nothing() -> Callable[..., None]:
+    return does_nothing
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether what a module does when it is called is compiled, hooks on it included: ``module.compile()``, or a
+    compiled ``forward``."""
+    forward = vars(module).get("forward")
+    compiled_forward = hasattr(forward, "_torchdynamo_orig_callable") and COMPILED_CHILD not in module._modules
+    return getattr(module, "_compiled_call_impl", None) is not None or compiled_forward
+
+
 class _BackwardWatch:
     """Tells listeners when autograd begins and ends a backward pass.
 
@@ -82,7 +117,7 @@ def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     while pending:
         name, module = pending.pop()
-        if id(module) in seen or getattr(module, "_compiled_call_impl", None) is not None:
+        if id(module) in seen or is_compiled(module):
             continue
         seen.add(id(module))
         yield name, module
@@ -142,6 +177,10 @@ class PhaseWatch:
         self._names: list[str] = []
         self._stack: list[int] = []
         self._backward_depth = 0
+        self._resting = Phase.IDLE  # what is under way between forward and backward: nothing, or the optimizer's step
+        self.enter_root: Callable[..., None] = does_nothing
+        """What the model's own pre-hook does; to be called where the hooks are installed as the model is being
+        called."""
         self._sighting: Sighting | None = None
         self._phase = Phase.IDLE
         self._phase_ns: list[int] = []
@@ -167,6 +206,8 @@ class PhaseWatch:
             self._hook_module(len(self._names), name, module)
             if not modules:
                 break
+        if not self._names:  # compiled as a whole: all until the backward is its forward
+            self._enter(Phase.FORWARD)
         backward_watch.add(self._backward)
         if self.sees_optimizer:
             self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))
@@ -219,8 +260,10 @@ class PhaseWatch:
             if not stack and not self._backward_depth:
                 self._enter(Phase.LOSS)
 
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=is_root))
-        self._handles.append(module.register_forward_hook(leave, always_call=True))
+        if is_root:
+            self.enter_root = enter
+        self._handles.append(module.register_forward_pre_hook(Hook(enter), with_kwargs=True, prepend=is_root))
+        self._handles.append(module.register_forward_hook(Hook(leave), always_call=True))
 
     def _look(self) -> None:
         """See the exception that is passing through, if one is."""
@@ -247,12 +290,14 @@ class PhaseWatch:
         self._backward_depth -= 1
         if self._backward_depth == 0:
             self._on_backward_end()
-            self._enter(Phase.IDLE)
+            self._enter(Phase.FORWARD if self._stack else self._resting)
 
     def _optimizer_begin(self, optimizer: Any, args: Sequence[Any], kwargs: Any) -> None:
         self._on_optimizer_begin()
+        self._resting = Phase.OPTIMIZER
         self._enter(Phase.OPTIMIZER)
 
     def _optimizer_end(self, optimizer: Any, args: Sequence[Any], kwargs: Any) -> None:
         self._on_optimizer_end()
+        self._resting = Phase.IDLE
         self._enter(Phase.IDLE)

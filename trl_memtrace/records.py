@@ -434,7 +434,7 @@ class RunTrace:
                 f"no record at {path}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace) or one of its files"
             )
         try:
-            with file.open(encoding="utf-8", errors="replace") as lines:
+            with file.open(encoding="utf-8-sig", errors="replace") as lines:
                 run = cls.from_lines(lines)
         except OSError as problem:
             raise RecordError(f"cannot read {file}: {problem.strerror or problem}") from problem
@@ -446,13 +446,13 @@ class RunTrace:
 
     @classmethod
     def from_lines(cls, lines: Iterable[str]) -> RunTrace:
-        """A record from its lines. Lines that are not whole are counted and passed over; a run that was resumed has
-        several headers, the last of which counts, as does the last record of a step.
+        """A record from its lines. Lines that are not whole are counted and passed over. A run that was resumed has
+        several headers, of which the last counts; what came after the step that it went on from is dropped.
 
         Raises:
             RecordError: no run record is there, or it is of a newer schema.
         """
-        run, seen_header = cls(), False
+        run, seen_header, resumed = cls(), False, False
         steps: dict[int, StepRecord] = {}
         for line in lines:
             if not line.strip():
@@ -462,13 +462,17 @@ class RunTrace:
                 kind = data["record"]
                 if kind == "run":
                     _check_schema(data)
-                    run.header, run.failure, seen_header = RunHeader.from_json(data), None, True
+                    run.header, run.failure = RunHeader.from_json(data), None
+                    seen_header, resumed = True, seen_header
                 elif kind == "step":
                     step = StepRecord.from_json(data)
+                    if resumed:
+                        steps = {number: earlier for number, earlier in steps.items() if number < step.step}
+                        resumed = False
                     steps[step.step] = step
                 elif kind in ("oom", "failure"):
                     run.failure = FailureRecord.from_json(data)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 run.damaged_lines += 1
         if not seen_header:
             raise RecordError("this is not a MemTrace record: it holds no line of a run")
@@ -478,7 +482,9 @@ class RunTrace:
 
 def _check_schema(data: Mapping[str, Any]) -> None:
     schema = data.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if not isinstance(schema, int):
+        raise RecordError("its run line has no schema: this is not a MemTrace record")
+    if schema > SCHEMA:
         raise RecordError(f"schema {schema!r} is newer than this trl_memtrace reads ({SCHEMA}); upgrade trl_memtrace")
 
 

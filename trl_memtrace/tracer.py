@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from .advice import suggest
 from .attribution import Claims
 from .bookkeeping import keep_books, last_allocation, peak_at, step_record
 from .categories import Phase
-from .errors import MemtraceWarning
+from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
 from .owners import Found, Owners, Row, activation_roles, tensors_in
-from .phases import COMPILED_CHILD, PhaseWatch
+from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
 from .recorders import Recorder, RecorderBusyError, Recording, WholeRecording
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 
@@ -54,6 +53,11 @@ class TracePolicy:
         if not isinstance(self.new_highs, bool):
             raise ValueError(f"new_highs must be True or False, not {self.new_highs!r}")
 
+    @property
+    def may_miss(self) -> bool:
+        """Whether a new high has to be looked out for."""
+        return self.new_highs and self.every_n_steps != 1
+
     def wants(self, number: int) -> bool:
         """Whether the ``number``-th step seen (the first is 1) is to be traced."""
         return number <= self.first_steps or (self.every_n_steps is not None and number % self.every_n_steps == 0)
@@ -79,6 +83,7 @@ class MemoryTracer:
         optimizer: its optimizer, or None.
         policy: which steps to trace in full; every step when not given.
         header: what to say about the run in its record.
+        others: further models that are kept in memory, such as a reference model, by name.
         on_record: called with every step's record; when not given the records are kept, in ``run``.
 
     Known limits: only the thread that calls ``step`` is seen; modules inside a compiled model are not told apart.
@@ -91,11 +96,13 @@ class MemoryTracer:
         *,
         policy: TracePolicy | None = None,
         header: RunHeader | None = None,
+        others: Mapping[str, nn.Module] | None = None,
         on_record: Callable[[StepRecord], None] | None = None,
     ) -> None:
         self._model = model
         self._owned: nn.Module = model._modules.get(COMPILED_CHILD) or model
         self._optimizer = optimizer
+        self._others = dict(others or {})
         self._policy = policy or TracePolicy(first_steps=0, every_n_steps=1)
         self._steps: list[StepRecord] = []
         self._on_record = on_record or self._steps.append
@@ -110,6 +117,8 @@ class MemoryTracer:
         self._window: _Window | None = None
         self._number = 0
         self._planned = False
+        self._trace_next = False
+        self._forwards = 0
         self._owners: Owners | None = None
         self._began = 0.0
         self._tracing_seconds = 0.0
@@ -121,8 +130,9 @@ class MemoryTracer:
             return
         if self._recorder is None:
             self._warn_once("device", f"memory of {device_type} devices cannot be traced yet; steps are only counted")
-        elif self._policy.new_highs and not self._recorder.sees_every_step:
-            self._size_hook = model.register_forward_pre_hook(self._batch_seen, with_kwargs=True, prepend=True)
+        elif self._policy.may_miss and not self._recorder.sees_every_step and not is_compiled(model):
+            hook = Hook(self._batch_seen)
+            self._size_hook = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
     @property
     def run(self) -> RunTrace:
@@ -138,7 +148,11 @@ class MemoryTracer:
         except BaseException as problem:
             self.fail(problem)
             raise
-        self.end_step()
+        try:
+            self.end_step()
+        except BaseException:
+            self.abandon_step()
+            raise
 
     def begin_step(self, number: int | None = None, optimizer: Any = None) -> None:
         """A step begins.
@@ -156,7 +170,9 @@ class MemoryTracer:
         self._number = self._number + 1 if number is None else number
         self._began = time.perf_counter()
         self._tracing_seconds = 0.0
-        self._planned = self._policy.wants(self._seen)
+        self._planned = self._policy.wants(self._seen) or self._trace_next
+        self._trace_next = False
+        self._forwards = 0
         if self._planned or (self._recorder is not None and self._recorder.sees_every_step):
             self._start_window()
 
@@ -210,7 +226,7 @@ class MemoryTracer:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        del self._model, self._owned, self._optimizer, self._owners
+        del self._model, self._owned, self._optimizer, self._owners, self._others
 
     def _start_window(self) -> None:
         if self._recorder is None or self._window is not None:
@@ -219,7 +235,7 @@ class MemoryTracer:
             if self._roles is None:
                 self._roles = activation_roles(self._owned)
             if self._owners is None or self._planned or not self._recorder.sees_every_step:
-                self._owners = Owners(self._owned, self._optimizer, self._recorder.device_type)
+                self._owners = Owners(self._owned, self._optimizer, self._recorder.device_type, self._others)
             window = _Window(self._model, self._optimizer, self._owners, self._recorder, self._fail)
             try:
                 window.open(detailed=self._planned or not self._recorder.sees_every_step)
@@ -233,19 +249,18 @@ class MemoryTracer:
                 self._window = window
 
     def _close_books(self, seconds: float) -> StepRecord | None:
-        window, self._window = self._window, None
+        window = self._window
         if window is None or self._recorder is None:
             return None
         seen_after = self._recorder.sees_every_step and not self._planned
-        if seen_after and not (self._policy.new_highs and self._recorder.is_new_high()):
-            window.abandon()
-            return None
-        reserved = self._recorder.reserved_bytes()
         try:
+            if seen_after and not (self._policy.new_highs and self._recorder.is_new_high()):
+                return None
+            reserved = self._recorder.reserved_bytes()
             recorded = window.close()
-        except BaseException:
+        finally:
             window.abandon()
-            raise
+            self._window = None
         if recorded is None:
             self._warn_once(
                 "busy", "another profiler was started: MemTrace stands aside, and only counts steps while that is so"
@@ -303,10 +318,19 @@ class MemoryTracer:
         if not self._began or not module.training:
             return
         with self._guarded():
-            size = max((tensor.numel() for tensor in tensors_in((args, kwargs), 2) if tensor.ndim == 2), default=0)
-            if size > self._largest_batch:
+            self._forwards += 1
+            size = max((tensor.numel() for tensor in tensors_in((args, kwargs), 2)), default=0)
+            if size <= self._largest_batch:
+                return
+            if self._window is not None:
+                self._largest_batch = size
+            elif self._forwards == 1:
                 self._largest_batch = size
                 self._start_window()
+                if self._window is not None:  # its own hook came too late for this call
+                    self._window.phases.enter_root(module, args, kwargs)
+            else:  # what earlier forwards of this step hold would be missing from the books
+                self._trace_next = True
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -325,15 +349,15 @@ class MemoryTracer:
 
     def _fail(self, problem: Exception) -> None:
         logger.debug("MemTrace failed", exc_info=problem)
+        self.close()
         self._warn_once(
             "failure", f"MemTrace has switched itself off, training goes on: {type(problem).__name__}: {problem}"
         )
-        self.close()
 
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(message, MemtraceWarning, stacklevel=3)
+            warn(message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

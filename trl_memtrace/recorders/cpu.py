@@ -14,7 +14,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,12 @@ _KINETO_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _SILENT = "6"  # Kineto prints "USDT: profiler_start" and "profiler_stop" at level 5 for every recording
 _CPP_WARNING, _CPP_ERROR = 1, 2
 _CPU_DEVICE = torch.device("cpu")
+
+
+_one_at_a_time = threading.Lock()
+"""Held while a recorder records: the profiler is one for the whole process, and two threads in it crash."""
+
+_PATIENCE_SECONDS = 10.0
 
 
 class _ForeignProfilers:
@@ -78,6 +86,10 @@ class _ForeignProfilers:
                 return original(*args, **kwargs)
             for recorder in list(self._users):
                 recorder.give_way()
+            self.active = True  # so that no recording begins while we wait for one of another thread: two would crash
+            if _one_at_a_time.acquire(timeout=_PATIENCE_SECONDS):
+                _one_at_a_time.release()
+            self.active = False
             result = original(*args, **kwargs)
             self.active = True
             return result
@@ -85,9 +97,6 @@ class _ForeignProfilers:
         call._memtrace = self  # type: ignore[attr-defined]
         return call
 
-
-_one_at_a_time = threading.Lock()
-"""Held while a recorder records: the profiler is one for the whole process, and two threads in it crash."""
 
 _foreign_profilers = _ForeignProfilers()
 
@@ -102,6 +111,19 @@ def _warming_up() -> bool:
         for profiler in gc.get_objects()
         if type(profiler) is profile
     )
+
+
+@contextmanager
+def _silent_kineto() -> Iterator[None]:
+    """Kineto reads how much to print once, when it is first prepared; what the user has chosen stands."""
+    chosen = os.environ.get(_KINETO_LOG_LEVEL)
+    if chosen is None:
+        os.environ[_KINETO_LOG_LEVEL] = _SILENT
+    try:
+        yield
+    finally:
+        if chosen is None:
+            os.environ.pop(_KINETO_LOG_LEVEL, None)
 
 
 @functools.cache
@@ -144,20 +166,18 @@ class CpuRecorder(Recorder):
             raise RecorderBusyError("another torch.profiler is running")
         if not _one_at_a_time.acquire(blocking=False):
             raise RecorderBusyError("another thread's steps are being traced")
-        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
-        activities = {ProfilerActivity.CPU}
-        chosen = os.environ.get(_KINETO_LOG_LEVEL)
-        if chosen is None:  # Kineto reads it once, when it is first prepared
-            os.environ[_KINETO_LOG_LEVEL] = _SILENT
-        try:
-            _prepare_profiler(config, activities)
-        finally:
-            if chosen is None:
-                del os.environ[_KINETO_LOG_LEVEL]
-        self._given_way = False
         self._thread = threading.get_ident()
-        self._mute()
-        _enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+        self._given_way = False
+        try:
+            config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+            activities = {ProfilerActivity.CPU}
+            with _silent_kineto():
+                _prepare_profiler(config, activities)
+            self._mute()
+            _enable_profiler(config, activities, {RecordScope.USER_SCOPE})  # type: ignore[call-arg]
+        except BaseException:
+            self.abandon()
+            raise
 
     def watch(self, storages: Iterable[Any]) -> None:
         for storage in storages:
@@ -170,29 +190,28 @@ class CpuRecorder(Recorder):
         return None
 
     def stop(self, failed: bool = False) -> Recording | None:
-        if not self._running():
+        if not self._running() or not _profiler_enabled():
             self.abandon()
             return None
-        self._thread = None
-        result = _disable_profiler()
-        self._unmute()
-        _one_at_a_time.release()
         collecting = gc.isenabled()
-        gc.disable()  # thousands of small tuples in one go would only set it off
+        gc.disable()  # thousands of small objects in one go would only set it off
         try:
+            result = _disable_profiler()
             rows = _allocations(result.experimental_event_tree(), mixed=torch.accelerator.is_available())
+            ended = self._ended
         finally:
+            self.abandon()
             if collecting:
                 gc.enable()
-        ended, self._ended, self._watches = self._ended, [], []
         return _recording(rows, ended)
 
     def abandon(self) -> None:
         if self._running():
-            _disable_profiler()
+            if _profiler_enabled():
+                _disable_profiler()
+            self._thread = None
             self._unmute()
             _one_at_a_time.release()
-        self._thread = None
         self._watches, self._ended = [], []
 
     def give_way(self) -> None:
@@ -221,24 +240,24 @@ class CpuRecorder(Recorder):
         return self._thread == threading.get_ident() and not self._given_way
 
 
-def _allocations(tree: Iterable[Any], mixed: bool) -> list[tuple[int, int, int, int]]:
+def _allocations(tree: Iterable[Any], mixed: bool) -> array[int]:
     """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree; where it is mixed,
     that of the CPU."""
-    rows: list[tuple[int, int, int, int]] = []
+    rows = array("q")
     pending = [tree]
     while pending:
         for event in pending.pop():
             fields = event.extra_fields
             if type(fields) is _ExtraFields_Allocation:
                 if fields.alloc_size and not (mixed and fields.device != _CPU_DEVICE):
-                    rows.append((event.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated))
+                    rows.extend((event.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated))
             else:
                 pending.append(event.children)
     return rows
 
 
-def _recording(rows: list[tuple[int, int, int, int]], ended: list[tuple[int, int]]) -> Recording:
-    table = np.array(rows, np.int64).reshape(-1, 4)
+def _recording(rows: array[int], ended: list[tuple[int, int]]) -> Recording:
+    table = np.frombuffer(rows, np.int64).reshape(-1, 4) if rows else np.empty((0, 4), np.int64)
     table = table[np.argsort(table[:, 0], kind="stable")]
     time_ns, address, size, total = table.T
     reported = size.copy()

@@ -29,6 +29,12 @@ _COLOURS = {
 }
 _SHOWN_PHASES = tuple(phase for phase in PHASES if phase.value not in ("idle", "load", "save"))
 _TOP_MODULES = 5
+_NARROW = 72
+_ASCII = {
+    ord("\N{MIDDLE DOT}"): ".",
+    **dict.fromkeys(range(9608, 9616), "#"),
+    ord("\N{BOX DRAWINGS LIGHT HORIZONTAL}"): "-",
+}
 _PEFT_PREFIX = "base_model.model."
 _BAR_WIDTH = 6
 
@@ -41,15 +47,16 @@ def print_summary(summary: Summary, path: Path | None = None, console: Console |
         path: where its record is.
         console: where to print; standard output when not given.
     """
-    (console or Console()).print(render_summary(summary, path))
+    console = console or Console()
+    _print(render_summary(summary, path, console.width), console)
 
 
-def render_summary(summary: Summary, path: Path | None = None) -> RenderableType:
-    """The end-of-run table and its notes."""
+def render_summary(summary: Summary, path: Path | None = None, width: int = 80) -> RenderableType:
+    """The end-of-run table and its notes, for a terminal of some width."""
     parts: list[RenderableType] = [Text(), _headline(summary)]
     if summary.worst is not None and summary.worst.traced:
         peak = summary.peak
-        tables = category_table(peak, summary.worst.phases), _module_table(peak)
+        tables = category_table(peak, summary.worst.phases, width), _module_table(peak)
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
     parts += [Text(note, style="dim") for note in _notes(summary, path)]
     return Padding(Group(*parts), (0, 1, 1, 1))
@@ -57,7 +64,19 @@ def render_summary(summary: Summary, path: Path | None = None) -> RenderableType
 
 def print_failure(failure: FailureRecord, console: Console | None = None) -> None:
     """Print what held the memory when training failed, and what would have helped."""
-    (console or Console()).print(Padding(Group(*_failure_parts(failure)), (0, 1, 1, 1)))
+    _print(Padding(Group(*_failure_parts(failure)), (0, 1, 1, 1)), console)
+
+
+def _print(what: RenderableType, console: Console | None) -> None:
+    """Print, on a terminal without Unicode with what ASCII has for it."""
+    console = console or Console()
+    if console.encoding.lower().startswith("utf"):
+        console.print(what)
+        return
+    with console.capture() as captured:
+        console.print(what)
+    text = captured.get().translate(_ASCII)
+    console.file.write(text.encode(console.encoding, "replace").decode(console.encoding))
 
 
 def _failure_parts(failure: FailureRecord) -> Iterable[RenderableType]:
@@ -119,8 +138,10 @@ def _headline(summary: Summary) -> Text:
     return line
 
 
-def category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
-    """What every category held at the peak and in each phase."""
+def category_table(peak: Peak, phases: Mapping[str, PhaseRecord], width: int = 80) -> Table:
+    """What every category held at the peak and, where the terminal is wide enough, in each phase."""
+    if width < _NARROW:
+        phases = {}
     shown = [(phase.value, phases[phase.value]) for phase in _SHOWN_PHASES if phase.value in phases]
     unit, scale = common_unit(peak.bytes)
 
@@ -131,7 +152,7 @@ def category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
     table.add_column(f"in {unit}", footer="total", no_wrap=True)
     table.add_column("peak", footer=level(peak.allocator_bytes), justify="right", no_wrap=True)
     table.add_column("share", footer=_share(peak.bytes, peak.bytes), justify="right", no_wrap=True)
-    table.add_column("", width=_BAR_WIDTH, no_wrap=True)
+    table.add_column("", width=_BAR_WIDTH if shown else 0, no_wrap=True)
     for name, phase in shown:
         style = "bold" if peak.phase is not None and name == peak.phase.value else ""
         table.add_column(name, footer=level(phase.peak_bytes), justify="right", style=style, no_wrap=True)
@@ -143,7 +164,7 @@ def category_table(peak: Peak, phases: Mapping[str, PhaseRecord]) -> Table:
                 Text(category.value.replace("_", " "), style=_COLOURS[category]),
                 level(size),
                 _share(size, peak.bytes),
-                Text(_bar(size, peak.bytes), style=_COLOURS[category]),
+                Text(_bar(size, peak.bytes) if shown else "", style=_COLOURS[category]),
                 *map(level, levels),
             )
     return table
@@ -171,8 +192,8 @@ def _notes(summary: Summary, path: Path | None) -> Iterable[str]:
     if summary.peak.bytes is not None:
         left = summary.peak.categories[Category.UNATTRIBUTED] or 0
         yield (
-            f"The total is the allocator's own, to the byte; {format_bytes(left)} of it"
-            f" ({_share(left, summary.peak.bytes)}) belongs to nobody we know."
+            f"The categories add up to the total, to the byte; {format_bytes(left)} of it"
+            f" ({_share(left, summary.peak.bytes)}) is unattributed."
         )
     yield (
         f"{summary.traced_steps} of {summary.steps} steps traced. Tracing took {summary.tracing_seconds:.2f} s"
@@ -201,7 +222,7 @@ def _bar(part: int | None, whole: int | None) -> str:
 
 
 def _count(number: Any) -> str:
-    value = float(number or 0)
+    value = float(number) if isinstance(number, (int, float)) else 0.0
     for unit in ("", "k", "M", "B"):
         if value < 1000:
             return f"{value:.4g}{unit}"

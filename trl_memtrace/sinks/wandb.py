@@ -19,10 +19,15 @@ class WandbSink(Sink):
 
     Metrics go into the row that the trainer's log is about to write (``commit=False``): the run's own step is never
     moved, and no row of anybody who passes ``step=`` is dropped because of us.
+
+    Args:
+        settings: what to put into the run's configuration.
+        own_rows: the trainer does not log to W&B: write rows of our own.
     """
 
-    def __init__(self, settings: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any], *, own_rows: bool = False) -> None:
         self._settings = settings
+        self._own_rows = own_rows
 
     def open(self, header: RunHeader) -> None:
         run = _active_run()
@@ -35,7 +40,7 @@ class WandbSink(Sink):
     def log(self, record: StepRecord, global_step: int) -> None:
         run = _active_run()
         if run is not None:
-            run.log({**step_metrics(record), GLOBAL_STEP: global_step}, commit=False)
+            run.log({**step_metrics(record), GLOBAL_STEP: global_step}, commit=self._own_rows)
 
     def fail(self, failure: FailureRecord) -> None:
         run = _active_run()
