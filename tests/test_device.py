@@ -590,3 +590,25 @@ def test_a_device_of_any_size() -> None:
 def test_the_cublas_workspace(capability: tuple[int, int] | None, config: str | None, expected: int) -> None:
     environ = {} if config is None else {"CUBLAS_WORKSPACE_CONFIG": config}
     assert cublas_workspace_bytes(capability, environ) == expected
+
+
+def test_the_end_of_a_run_adds_up_to_what_the_driver_shows(monkeypatch, capsys):
+    import torch
+
+    from trl_memtrace import device
+    from trl_memtrace.records import RunHeader, Summary
+    from trl_memtrace.reporters.terminal import print_summary
+    from trl_memtrace.run_info import look_beyond
+
+    usage = device.DeviceUsage(0, "card", 80 * GIB, 30 * GIB, 21 * GIB, 9 * GIB)
+    monkeypatch.setattr(device, "read_usage", lambda index: usage)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 15 * GIB)
+    summary = Summary(RunHeader(device={"type": "cuda", "index": 0}), reserved_peak_bytes=25 * GIB)
+    lines = look_beyond(summary)
+    assert (summary.context_bytes, summary.process_peak_bytes) == (1 * GIB, 26 * GIB)
+    assert look_beyond(Summary(RunHeader(device={"type": "cpu"}))) == ()
+    print_summary(summary, beyond=lines)
+    out = capsys.readouterr().out
+    assert "30.00 GiB" in out
+    assert "9.00 GiB" in out

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from .errors import warn
 from .phases import COMPILED_CHILD
 from .records import FailureRecord, Peak, RunTrace, StepRecord, Summary, record_name
-from .run_info import describe_run
+from .run_info import describe_run, look_beyond
 from .sinks import Sink
 from .sinks.jsonl import JsonlSink
 from .tracer import MemoryTracer, TracePolicy
@@ -190,13 +190,14 @@ class MemTrace(TrainerCallback):
         if self._tracer is not None:
             self._tracer.close()
         summary, self._summary = self._summary, None
+        beyond = look_beyond(summary)
         self._tell_sinks(lambda sink: sink.close(summary))
         wanted, path = self._table_wanted, self._path
         self._switch_off()
         if wanted:
             from .reporters.terminal import print_failure, print_summary
 
-            print_summary(summary, path)
+            print_summary(summary, path, beyond=beyond)
             if failure is not None:
                 print_failure(failure)
 

@@ -309,6 +309,8 @@ class Summary:
     reserved_peak_bytes: int | None = None
     reserved_end_bytes: int | None = None
     allocated_peak_bytes: int | None = None
+    context_bytes: int | None = None
+    process_peak_bytes: int | None = None
 
     def add(self, record: StepRecord) -> None:
         """Take one more step into account."""
@@ -354,8 +356,8 @@ class Summary:
             "allocated_peak_bytes": self.allocated_peak_bytes,
             "reserved_peak_bytes": self.reserved_peak_bytes,
             "reserved_end_bytes": self.reserved_end_bytes,
-            "context_bytes": None,
-            "process_peak_bytes": None,
+            "context_bytes": self.context_bytes,
+            "process_peak_bytes": self.process_peak_bytes,
             "device": dict(self.header.device),
             "fits": None,
             "unattributed_bytes": self.peak.categories[Category.UNATTRIBUTED],

@@ -6,10 +6,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .records import RunHeader
+from .records import RunHeader, Summary
 from .tracer import device_of
+
+if TYPE_CHECKING:
+    from .device import Line
 
 _PACKAGES = (
     "trl-memtrace",
@@ -99,6 +102,30 @@ def describe_device(device_type: str, index: int) -> dict[str, Any]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         return {"type": device_type, "name": platform.processor() or platform.machine(), "total_bytes": total}
     return {"type": device_type, "name": device_type, "total_bytes": None}
+
+
+def look_beyond(summary: Summary) -> tuple[Line, ...]:
+    """What of a CUDA device's memory lies beyond the allocator, now; the summary is told the context and the process's
+    peak.
+
+    Returns:
+        the lines that add up to what ``nvidia-smi`` shows; none for another kind of device.
+    """
+    device = summary.header.device
+    if device.get("type") != "cuda":
+        return ()
+    import torch
+
+    from .device import balance, read_usage
+
+    index = int(device.get("index") or 0)
+    usage = read_usage(index)
+    reserved = torch.cuda.memory_reserved(index)
+    if usage.process_bytes is not None:
+        summary.context_bytes = max(usage.process_bytes - reserved, 0)
+        if summary.reserved_peak_bytes is not None:
+            summary.process_peak_bytes = summary.reserved_peak_bytes + summary.context_bytes
+    return balance(usage, torch.cuda.memory_allocated(index), reserved)
 
 
 def describe_model(model: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..categories import CATEGORIES, PHASES, Category
+from ..device import Line
 from ..records import FailureRecord, Peak, PhaseRecord, Summary
 from ..units import common_unit, format_bytes
 
@@ -39,16 +40,31 @@ _PEFT_PREFIX = "base_model.model."
 _BAR_WIDTH = 6
 
 
-def print_summary(summary: Summary, path: Path | None = None, console: Console | None = None) -> None:
+def print_summary(
+    summary: Summary, path: Path | None = None, console: Console | None = None, beyond: Sequence[Line] = ()
+) -> None:
     """Print the end-of-run table.
 
     Args:
         summary: the run.
         path: where its record is.
         console: where to print; standard output when not given.
+        beyond: the lines that add up to what the driver shows as used, at the end.
     """
     console = console or Console()
     _print(render_summary(summary, path, console.width), console)
+    if beyond:
+        _print(Padding(_beyond_table(beyond), (0, 1, 1, 1)), console)
+
+
+def _beyond_table(lines: Sequence[Line]) -> Table:
+    table = _table()
+    table.add_column("the device at the end", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for line in lines:
+        table.add_row(Text(plain(line.what)), format_bytes(line.bytes), Text(plain(line.why), style="dim"))
+    return table
 
 
 def render_summary(summary: Summary, path: Path | None = None, width: int = 80) -> RenderableType:
