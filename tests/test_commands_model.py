@@ -7,6 +7,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,19 +190,23 @@ def test_a_whole_process_stays_small(phi3: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_process_takes_seconds(phi3: Path) -> None:
-    """In processor time and the best of three, so that a busy machine does not fail it."""
+def test_a_whole_process_takes_no_longer_than_its_imports(phi3: Path) -> None:
+    """Machines differ in speed, so this compares processor time with that of building the model by hand."""
+    by_hand = (
+        "import torch; from transformers import Phi3Config, Phi3ForCausalLM\n"
+        "with torch.device('meta'): Phi3ForCausalLM(Phi3Config())"
+    )
 
-    def seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
+    def seconds(run: Callable[[], subprocess.CompletedProcess[Any]]) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run().returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    taken = []
-    for _ in range(3):
-        before = seconds()
-        assert run_apart("model", str(phi3)).returncode == 0
-        taken.append(seconds() - before)
-    assert min(taken) <= 5
+    rounds = range(3)
+    bare = min(seconds(lambda: subprocess.run([sys.executable, "-c", by_hand], timeout=120)) for _ in rounds)
+    whole = min(seconds(lambda: run_apart("model", str(phi3))) for _ in rounds)
+    assert whole < bare
 
 
 # --- names from outside ---
