@@ -15,8 +15,9 @@ from rich.text import Text
 from ..attribution import Books
 from ..categories import CATEGORIES
 from ..snapshot_summary import SnapshotAnalysis
+from ..text import printable
 from ..units import common_unit, format_bytes
-from .terminal import category_table, plain
+from .terminal import category_table
 
 _TOP_SITES = 8
 _WIDTH = 72
@@ -41,7 +42,7 @@ def _parts(analysis: SnapshotAnalysis, name: str, simulated: Mapping[str, int] |
     peak, history = analysis.summary.peak, analysis.history
     events = len(history.ledger.time_ns)
     line = Text("\n")
-    line.append(plain(name), style="bold")
+    line.append(printable(name), style="bold")
     line.append(f"  device {history.device}, {events:,} allocations and frees\n")
     line.append(f"Peak {format_bytes(peak.bytes)}", style="bold")
     if peak.phase is not None and peak.bytes:
@@ -68,7 +69,7 @@ def _parts(analysis: SnapshotAnalysis, name: str, simulated: Mapping[str, int] |
             " at the same event and of the same size."
         )
     for warning in history.warnings:
-        yield Text(f"Warning: {plain(warning)}", style="yellow")
+        yield Text(f"Warning: {printable(warning)}", style="yellow")
     if analysis.others:
         yield Text(f"Other devices in the file: {', '.join(map(str, analysis.others))} (--device)", style="dim")
 
@@ -103,6 +104,6 @@ def _sites(analysis: SnapshotAnalysis) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("asked for at the peak by", overflow="fold")
     for site in analysis.sites[:_TOP_SITES]:
-        where = f"{plain(site.where)} {plain(site.function)}".rstrip()
+        where = f"{printable(site.where)} {printable(site.function)}".rstrip()
         table.add_row(f"{site.bytes / scale:.2f}", site.category.value.replace("_", " "), Text(where))
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rich.text import Text
 from ..categories import CATEGORIES, PHASES, Category
 from ..device import Line
 from ..records import FailureRecord, Peak, PhaseRecord, Summary
+from ..text import printable
 from ..units import common_unit, format_bytes
 
 _COLOURS = {
@@ -63,7 +63,7 @@ def _beyond_table(lines: Sequence[Line]) -> Table:
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for line in lines:
-        table.add_row(Text(plain(line.what)), format_bytes(line.bytes), Text(plain(line.why), style="dim"))
+        table.add_row(Text(printable(line.what)), format_bytes(line.bytes), Text(printable(line.why), style="dim"))
     return table
 
 
@@ -102,11 +102,11 @@ def _failure_parts(failure: FailureRecord) -> Iterable[RenderableType]:
     if failure.phase is not None:
         title.append(f", {failure.phase.value}")
     if failure.module:
-        title.append(f", in {plain(failure.module.removeprefix(_PEFT_PREFIX))}")
+        title.append(f", in {printable(failure.module.removeprefix(_PEFT_PREFIX))}")
     if failure.requested_bytes is not None:
         title.append(f": {format_bytes(failure.requested_bytes)} asked for")
     yield title
-    yield Text(plain(failure.error), style="dim")
+    yield Text(printable(failure.error), style="dim")
     peak = failure.peak
     if peak.bytes is None:
         return
@@ -125,14 +125,9 @@ def _failure_parts(failure: FailureRecord) -> Iterable[RenderableType]:
         table.add_column("what to do", overflow="fold")
         table.add_column("", overflow="fold")
         for suggestion in failure.suggestions[:_TOP_MODULES]:
-            why = Text(plain(suggestion.why), style="dim")
-            table.add_row(format_bytes(suggestion.frees_bytes), Text(plain(suggestion.what)), why)
+            why = Text(printable(suggestion.why), style="dim")
+            table.add_row(format_bytes(suggestion.frees_bytes), Text(printable(suggestion.what)), why)
         yield Padding(table, (1, 0, 0, 0))
-
-
-def plain(text: object) -> str:
-    """Text from outside, without control characters."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", str(text))
 
 
 def _headline(summary: Summary) -> Text:
@@ -140,7 +135,7 @@ def _headline(summary: Summary) -> Text:
     line = Text()
     line.append("MemTrace", style="bold")
     if model.get("class"):
-        line.append(f"  {plain(model['class'])}, {_count(model.get('parameters'))} parameters")
+        line.append(f"  {printable(str(model['class']))}, {_count(model.get('parameters'))} parameters")
         line.append(f", {_count(model.get('trainable_parameters'))} trainable")
     line.append("\n")
     peak = summary.peak
@@ -198,8 +193,8 @@ def _module_table(peak: Peak) -> RenderableType:
     table.add_column("of which", overflow="fold")
     for name, row in largest:
         parts = sorted(row.items(), key=lambda item: -item[1])
-        detail = ", ".join(f"{plain(kind).replace('_', ' ')} {_level(size, scale)}" for kind, size in parts)
-        shown = plain(name.removeprefix(_PEFT_PREFIX))
+        detail = ", ".join(f"{printable(kind).replace('_', ' ')} {_level(size, scale)}" for kind, size in parts)
+        shown = printable(name.removeprefix(_PEFT_PREFIX))
         table.add_row(Text(shown), _level(sum(row.values()), scale), Text(detail, style="dim"))
     return table
 
@@ -216,7 +211,7 @@ def _notes(summary: Summary, path: Path | None) -> Iterable[str]:
         f" of {summary.seconds + summary.tracing_seconds:.2f} s of steps."
     )
     if path is not None:
-        yield f"Record: {plain(path)}"
+        yield f"Record: {printable(str(path))}"
 
 
 def _table(**options: Any) -> Table:
