@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .attribution import Books, Claims, Span, Timeline, attribute, find_claimed, fold_modules
-from .categories import ROLE_SEPARATOR, Category, Phase
-from .ledger import Int64Array, Ledger
-from .recorders import Recording, WholeRecording
+from .attribution import Books, Claims, Owner, Span, Timeline, attribute, find_claimed, fold_modules
+from .categories import ROLE_SEPARATOR, Category, Phase, role
+from .ledger import Events, Int64Array, Ledger
+from .recorders import AnyRecording, Recording, Samples
 from .records import Peak, PhaseRecord, StepRecord, category_table
 
 MAX_MODULES = 64
@@ -23,7 +23,7 @@ MAX_ROLES = 40
 
 
 def keep_books(
-    recording: Recording | WholeRecording, claims: Claims, timeline: Timeline, *, cut_short: bool = False
+    recording: AnyRecording, claims: Claims, timeline: Timeline, *, cut_short: bool = False
 ) -> tuple[Books, Int64Array]:
     """The books of one recording, and the allocator's own level beside them.
 
@@ -39,12 +39,50 @@ def keep_books(
     if isinstance(recording, Recording):
         ledger, allocator = _with_owners_baseline(recording, claims)
         return attribute(ledger, claims, timeline, cut_short=cut_short), allocator
-    books = attribute(recording.ledger, claims, timeline, cut_short=cut_short)
-    level = recording.ledger.level
-    allocator = level + (recording.end_bytes - level[-1])
+    if isinstance(recording, Samples):
+        ledger, claims = _between_samples(recording, claims)
+        books, end = attribute(ledger, claims, timeline, cut_short=cut_short), int(recording.level[-1])
+    else:
+        ledger = recording.ledger
+        books, end = attribute(ledger, claims, timeline, cut_short=cut_short), recording.end_bytes
+    allocator = ledger.level + (end - ledger.level[-1])
     if recording.peak_bytes is not None:
         allocator[books.peak(books.spans)] = recording.peak_bytes
     return books, allocator
+
+
+def _between_samples(samples: Samples, claims: Claims) -> tuple[Ledger, Claims]:
+    """What is known where a counter was only read now and then: an owner's storage is there from the first reading at
+    which it was seen to the last, and the rest of every reading is a block of nobody's until the next."""
+    times, count = samples.time_ns, len(samples.time_ns)
+    seen = np.clip(np.searchsorted(times, claims.time_ns, side="left"), 0, count - 1)
+    held: dict[int, tuple[int, int, int]] = {}
+    for address, size, at in zip(claims.address.tolist(), claims.size.tolist(), seen.tolist(), strict=True):
+        first, last, _ = held.get(address, (at, at, size))
+        held[address] = min(first, at), max(last, at), size
+    owned = np.zeros(count, np.int64)
+    for first, last, size in held.values():
+        owned[first : last + 1] += size
+    rest = np.maximum(samples.level - owned, 0)
+    rows: list[tuple[int, int, int]] = []
+    for address, (first, last, size) in held.items():
+        rows.append((first, address, size))
+        if last + 1 < count:
+            rows.append((last + 1, address, -size))
+    for at, size in enumerate(rest.tolist()):  # addresses of nobody's
+        if size:
+            rows.append((at, -1 - at, size))
+            if at + 1 < count:
+                rows.append((at + 1, -1 - at, -size))
+    rows.sort(key=lambda row: (row[0], row[2] > 0))  # what ends at a reading ends before what begins there
+    places = [row[0] for row in rows]
+    events = Events.of(times[places] - 1 if rows else [], [row[1] for row in rows], [row[2] for row in rows])
+    nobody = [(int(times[at]), -1 - at, 1, len(claims.owners)) for at in np.flatnonzero(rest).tolist()]
+    seen_claims = zip(
+        times[seen].tolist(), claims.address.tolist(), claims.size.tolist(), claims.owner.tolist(), strict=True
+    )
+    owner = Owner(Category.UNATTRIBUTED, role(Category.UNATTRIBUTED, "between_readings"))
+    return Ledger.of(events), Claims.of([*seen_claims, *nobody], [*claims.owners, owner])
 
 
 def _with_owners_baseline(recording: Recording, claims: Claims) -> tuple[Ledger, Int64Array]:

@@ -17,7 +17,8 @@ from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
 from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
-from .recorders import Recorder, RecorderBusyError, Recording, WholeRecording
+from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
+from .recorders.counters import AcceleratorCounters, CountersRecorder
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class MemoryTracer:
         if self._closed:
             return
         if self._recorder is None:
-            self._warn_once("device", f"memory of {device_type} devices cannot be traced yet; steps are only counted")
+            self._warn_once("device", f"memory of {device_type} devices cannot be measured; steps are only counted")
+        elif isinstance(self._recorder, CountersRecorder):
+            self._warn_once("device", f"{device_type} memory has no history: books are kept from counters")
         elif self._policy.may_miss and not self._recorder.sees_every_step and not is_compiled(model):
             hook = Hook(self._batch_seen)
             self._size_hook = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
@@ -362,7 +365,7 @@ class MemoryTracer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recorded:
-    recording: Recording | WholeRecording
+    recording: AnyRecording
     claims: Claims
 
 
@@ -376,6 +379,7 @@ class _Window:
         self._recorder = recorder
         self._fail = fail
         self._detailed = True
+        self._remembers = not isinstance(recorder, CountersRecorder)  # else a claim holds only while it is repeated
         self._rows: list[Row] = []
         self._handles: list[Any] = []
         self.phases = PhaseWatch(
@@ -417,9 +421,9 @@ class _Window:
     def close(self, failed: bool = False) -> _Recorded | None:
         if not self.phases.sees_optimizer:
             self._claim_gradients()
-        if not (self.phases.sees_optimizer and self._detailed):
+        if not (self.phases.sees_optimizer and self._detailed and self._remembers):
             self._claim_states()
-        if not self._detailed and self._owners is not None:
+        if self._owners is not None and not (self._detailed and self._remembers):
             self._rows.extend(row for row, _ in self._owners.weights(self._recorder.clock()))
         self._unhook()
         recording = self._recorder.stop(failed)
@@ -464,6 +468,8 @@ class _Window:
                 self._rows.extend(row for row, _ in self._owners.gradient(self._recorder.clock(), parameter))
 
     def _claim_states(self) -> None:
+        if not self._remembers:
+            self._claim_gradients()
         with self._safely():
             if self._owners is not None:
                 self._rows.extend(row for row, _ in self._owners.optimizer_states(self._recorder.clock()))
@@ -493,8 +499,14 @@ def _recorder_for(device_type: str, index: int) -> Recorder | None:
     if device_type == "cuda":
         from .recorders.cuda import CudaRecorder
 
-        return CudaRecorder(index)
-    return None
+        try:
+            return CudaRecorder(index)
+        except (AttributeError, TypeError, NotImplementedError):  # an API is missing
+            logger.debug("no CUDA history", exc_info=True)
+    try:
+        return CountersRecorder(device_type, AcceleratorCounters(device_type, index))
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return None
 
 
 __all__ = ["MemoryTracer", "TracePolicy", "device_of"]

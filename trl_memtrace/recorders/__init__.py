@@ -46,6 +46,24 @@ class WholeRecording:
     refused_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """What a recorder saw that can only read a counter now and then.
+
+    Attributes:
+        time_ns: ``(S,)`` when it was read.
+        level: ``(S,)`` bytes allocated then.
+        peak_bytes: the allocator's own peak counter, where its peak was in this recording.
+    """
+
+    time_ns: Int64Array
+    level: Int64Array
+    peak_bytes: int | None
+
+
+AnyRecording = Recording | WholeRecording | Samples
+
+
 class Recorder(Protocol):
     """Sees every allocation of one kind of device while it runs.
 
@@ -77,7 +95,7 @@ class Recorder(Protocol):
     def reserved_bytes(self) -> int | None:
         """What the caching allocator has reserved now; None where there is none."""
 
-    def stop(self, failed: bool = False) -> Recording | WholeRecording | None:
+    def stop(self, failed: bool = False) -> AnyRecording | None:
         """End, and hand over what was seen; None where the recording was cut short by somebody else.
 
         Args:
