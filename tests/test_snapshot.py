@@ -150,6 +150,30 @@ def test_weights_loaded_within_the_history_are_weights(tmp_path):
     assert (end["categories"]["weights"], end["categories"]["gradients"]) == (512 * 9, 512 * 9)
 
 
+def test_what_was_there_before_is_told_by_who_let_it_go(tmp_path):
+    made = Made()
+    weights, state, gradient, activation, batch = (made.there_before(512 * size) for size in (1, 2, 4, 8, 16))
+    zero = [{"name": "zero_grad", "filename": "/x/torch/optim/optimizer.py", "line": 1}, *MAIN]
+    made.free(gradient, zero)
+    made.free(activation, ENGINE)
+    made.alloc(512 * 2, OPTIMIZER)
+    made.free(state, OPTIMIZER)
+    made.free(batch, MAIN)
+    analysis = analyse(read_snapshot(made.save(tmp_path / "made.pickle")))
+    start = {kind.value: size // 512 for kind, size in analysis.books.categories_at(0).items() if size}
+    expected = {"weights": 1, "optimizer_states": 2, "gradients": 4, "activations": 8, "unattributed": 16}
+    assert start == expected
+    assert weights
+
+
+def test_a_forward_that_no_backward_follows_holds_activations(tmp_path):
+    made = Made()
+    made.alloc(512 * 5, FORWARD)
+    made.free(made.alloc(512 * 3, FORWARD), FORWARD)
+    end = analyse(read_snapshot(made.save(tmp_path / "made.pickle"))).summary.to_json()["end"]["categories"]
+    assert end["activations"] == 512 * 5
+
+
 def test_the_longest_history_is_taken_unless_a_device_is_named(tmp_path):
     made, _ = one_step()
     data = made.data(device=1)

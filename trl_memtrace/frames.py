@@ -19,7 +19,7 @@ from .categories import CATEGORY_CODE, PHASE_CODE, PHASES, Category, Phase, role
 from .ledger import NEVER, BoolArray, Int64Array
 from .recorders.snapshot import DeviceHistory
 
-_OPTIMIZER, _ENGINE, _FORWARD, _LOAD, _CHECKPOINT, _PYTHON, _WORKSPACE = (1 << bit for bit in range(7))
+_OPTIMIZER, _ENGINE, _FORWARD, _LOAD, _CHECKPOINT, _PYTHON, _WORKSPACE, _ZERO = (1 << bit for bit in range(8))
 _WORKSPACES = ("getCurrentCUDABlasHandle", "getNewWorkspace", "getCUDABlasLtWorkspace", "getNewCUDABlasLtWorkspace")
 _LOADERS = frozenset(
     ("_apply", "load_state_dict", "from_pretrained", "_load_pretrained_model", "_load_state_dict_into_meta_model")
@@ -43,16 +43,18 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
 
     Rules, first match wins:
 
-    1. There before the history, and never gone: weights. Gone within it: a gradient where ``zero_grad`` let it go, an
-       activation where a backward did, else unattributed.
-    2. Made for cuBLAS to work in: a temporary, though it stays.
+    1. Made for cuBLAS to work in: a temporary, though it stays.
+    2. There before the history, and never gone: weights. Gone within it: a gradient where ``zero_grad`` let it go,
+       optimizer state where an optimizer's step did (it put another in its place), an activation where a backward did,
+       else unattributed.
     3. Born in an optimizer's step: optimizer state where it outlives the step, else a temporary.
     4. Born in the backward: a recomputed activation where checkpointing runs a forward again; a gradient where it
        outlives the backward; else a temporary.
     5. Born elsewhere, and alive when a backward began: weights where it outlives every backward and was made by
        loading, or by nobody's forward; else an activation.
     6. Gone by the end: a temporary of its phase.
-    7. Never gone: weights where it was made by loading, else unattributed.
+    7. Never gone: weights where it was made by loading, an activation where it was made in a forward, else
+    unattributed.
 
     Args:
         history: one device's history.
@@ -77,7 +79,7 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
     born_phase = np.where(before, idle, phase[maker]) if events else np.full(len(born), idle)
     died_phase = np.where(gone, phase[ender], idle) if events else np.full(len(born), idle)
     born_mask = np.where(before, 0, masks[maker]) if events else np.zeros(len(born), np.int64)
-    died_zeroing = gone & zeroing[ender] if events else np.zeros(len(born), np.bool_)
+    died_zeroing = gone & (zeroing | ((masks & _ZERO) != 0))[ender] if events else np.zeros(len(born), np.bool_)
 
     ends = _span_ends(spans, born)
     starts = np.array([span.start for span in spans if span.phase is Phase.BACKWARD], np.int64)
@@ -103,6 +105,7 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
     put((born_mask & _WORKSPACE) != 0, Category.TEMPORARIES, "workspace")
     put(before & ~gone, Category.WEIGHTS, "before_step")
     put(before & died_zeroing, Category.GRADIENTS, "before_step")
+    put(before & gone & (died_phase == PHASE_CODE[Phase.OPTIMIZER]), Category.OPTIMIZER_STATES, "before_step")
     put(before & gone & (died_phase == PHASE_CODE[Phase.BACKWARD]), Category.ACTIVATIONS, "before_step")
     put(in_optimizer & (died > ends), Category.OPTIMIZER_STATES, "state")
     put(in_optimizer, Category.TEMPORARIES, Phase.OPTIMIZER.value)
@@ -112,6 +115,7 @@ def attribute_by_frames(history: DeviceHistory, annotations: Sequence[Any] = ())
     put(loading & ~gone, Category.WEIGHTS, "loaded")
     put(kept & outside_forward & through_backward, Category.WEIGHTS, "made")
     put(elsewhere & through_backward, Category.ACTIVATIONS, "other")
+    put(elsewhere & ~gone & ((born_mask & _FORWARD) != 0), Category.ACTIVATIONS, "other")
     for each in PHASES:
         put(elsewhere & gone & (born_phase == PHASE_CODE[each]), Category.TEMPORARIES, each.value)
 
@@ -202,6 +206,8 @@ def _frame_mask(frame: Any) -> int:
         mask |= _CHECKPOINT
     elif file.endswith("torch/nn/modules/module.py") and name in ("_call_impl", "_wrapped_call_impl"):
         mask |= _FORWARD
+    if name == "zero_grad" and "torch/" in file:
+        mask |= _ZERO
     if name in _LOADERS:
         mask |= _LOAD
     return mask
