@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from trl_memtrace.categories import Category, Phase
 from trl_memtrace.errors import RecordError
 from trl_memtrace.records import (
     UNTRACED,
+    FailureRecord,
     Peak,
     PhaseRecord,
     RunHeader,
     RunTrace,
     StepRecord,
+    Suggestion,
     Summary,
     category_table,
     dump_line,
@@ -247,7 +250,8 @@ class TestDamage:
             RunTrace.load(file)
 
     def test_records_of_other_kinds_are_passed_over(self) -> None:
-        run = RunTrace.from_lines([*lines_of(HEADER, traced_step(1)), '{"record":"oom"}\n', '{"record":"summary"}\n'])
+        others = ['{"record":"something newer"}\n', '{"record":"summary"}\n']
+        run = RunTrace.from_lines([*lines_of(HEADER, traced_step(1)), *others])
         assert len(run) == 1
         assert run.damaged_lines == 0
 
@@ -416,3 +420,24 @@ class TestSize:
         assert len(run) == 10_000
         assert run.summary.to_json() == summary.to_json()
         assert len(dump_line(summary.to_json())) < 20_000
+
+
+def test_a_failure_reads_back_as_it_was_written():
+    peak = Peak(phase=Phase.BACKWARD, bytes=7, allocator_bytes=7, categories=category_table({Category.WEIGHTS: 7}))
+    failure = FailureRecord(
+        step=2,
+        out_of_memory=True,
+        error="OutOfMemoryError: no",
+        phase=Phase.BACKWARD,
+        module="model.layers.0",
+        requested_bytes=5,
+        peak=peak,
+        traced=True,
+        suggestions=(Suggestion("do this", "because", 3),),
+    )
+    line = json.dumps(failure.to_json())
+    assert RunTrace.from_lines([*lines_of(HEADER), line]).failure == failure
+    assert RunTrace.from_lines([*lines_of(HEADER), '{"record":"oom"}']).damaged_lines == 1
+    other = json.dumps(replace(failure, out_of_memory=False).to_json())
+    assert json.loads(other)["record"] == "failure"
+    assert RunTrace.from_lines([*lines_of(HEADER), line, other, *lines_of(HEADER)]).failure is None
