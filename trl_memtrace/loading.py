@@ -238,7 +238,7 @@ def _quantized(model: PreTrainedModel) -> dict[str, bool]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    left = HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ()))
     return {
         f"{name}.weight": isinstance(module, Conv1D)
         for name, module in model.named_modules()
@@ -366,7 +366,7 @@ def predict(
     Args:
         model: the model on the meta device, built in ``build_dtype(form, torch_dtype)``.
         form: one of ``FORMS``.
-        device: the card, for its CUDA context; without it, or where its context is not known, ``process_bytes`` is None.
+        device: the card, for its CUDA context; where that is not known, ``process_bytes`` is None.
         torch_dtype: the dtype of what is not quantized, in the forms ``int8`` and ``int4``.
         double_quant: whether absmax is quantized too (``bnb_4bit_use_double_quant``).
         loader: whose order of allocations.
@@ -389,7 +389,7 @@ def predict(
     lines = [Line(what, size, why.get(what, rest)) for what, size in sizes.items()]
     weights = sum(sizes.values())
 
-    allocator = CachingAllocator(capacity_bytes=None if device is None else device.total_bytes)
+    allocator = CachingAllocator()
     load_into(allocator, tensors, loader, double_quant)
     allocated, reserved = allocator.allocated_bytes, allocator.reserved_bytes
     lines += [
@@ -411,10 +411,8 @@ def predict(
     if context is None:
         return Footprint(weights, allocated, reserved, None, tuple(lines))
     assert device is not None
-    versions = ", ".join(
-        f"{what} {version}" for what, version in (("driver", context.driver), ("CUDA", context.cuda)) if version
-    )
-    lines.append(Line("CUDA context", context.bytes, f"measured on {device.name}{versions and f', {versions}'}"))
+    why_context = f"what a process holds on {device.name} beside its segments; from {context.source}"
+    lines.append(Line("CUDA context", context.bytes, why_context))
     return Footprint(weights, allocated, reserved, reserved + context.bytes, tuple(lines))
 
 
@@ -508,11 +506,10 @@ def _load(path: Path, form: str, torch_dtype: str, double_quant: bool, device: s
     if form in ("int8", "int4"):
         from transformers import BitsAndBytesConfig
 
-        options["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if form == "int8"
-            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=double_quant)
-        )
+        asked: dict[str, Any] = {"load_in_8bit": True}
+        if form == "int4":
+            asked = {"load_in_4bit": True, "bnb_4bit_use_double_quant": double_quant}
+        options["quantization_config"] = BitsAndBytesConfig(**asked)  # type: ignore[no-untyped-call]
     try:
         loaded: nn.Module = architecture.from_pretrained(
             path, dtype=getattr(torch, build_dtype(form, torch_dtype)), device_map={"": device}, **options

@@ -119,7 +119,7 @@ def load(
             except MemtraceError:
                 card = None  # its context is not known, and so neither is the process
         transformers.logging.set_verbosity(logging.ERROR)
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rows = load_rows(
