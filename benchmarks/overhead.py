@@ -1,11 +1,11 @@
 """What watching costs: step times with MemTrace against none, torch.profiler with memory, and PyTorch's MemTracker.
 
-All contenders take turns in one process, a few steps each, so that a machine that speeds up or slows down meets them
-alike. Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean
-over all its steps, traced and counted.
+All contenders take turns in one process, a step each, so that a machine that speeds up or slows down meets them alike.
+Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean over all
+its steps, traced and counted.
 
     python benchmarks/overhead.py                 # a 5 ms step and a 250 ms step
-    python benchmarks/overhead.py --rounds 5 --json
+    python benchmarks/overhead.py --seconds 60 --json
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "5 ms": {"layers": 1, "hidden": 32, "rows": 1, "length": 16},
     "250 ms": {"layers": 4, "hidden": 256, "rows": 8, "length": 128},
 }
+SLOW = ("torch.profiler, profile_memory", "MemTracker")
+SLOW_EVERY = 10
+WARM_UP = 4  # MemTrace traces the first three steps by default: what is measured is what comes after
 
 
 class Training:
@@ -96,46 +99,43 @@ CONTENDERS: dict[str, Callable[[Training], Callable[[], None]]] = {
 }
 
 
-def measure(shape: dict[str, int], rounds: int, steps: int, slow_steps: int) -> dict[str, dict[str, float]]:
-    """Seconds a step for each contender: median, mean, and the median of its ratios to plain, round by round."""
+def measure(shape: dict[str, int], steps: int) -> dict[str, dict[str, float]]:
+    """Seconds a step for each contender: the median, and the ratios of medians and of means to the plain one."""
     runs = {name: make(Training(**shape)) for name, make in CONTENDERS.items()}
     for step in runs.values():
-        step()
-    times: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, step in runs.items():
-            taken = []
-            for _ in range(slow_steps if name in ("MemTracker", "torch.profiler, profile_memory") else steps):
-                began = time.perf_counter()
-                step()
-                taken.append(time.perf_counter() - began)
-            times[name].append(taken)
-    result = {}
-    for name, by_round in times.items():
-        ratios = [
-            statistics.median(taken) / statistics.median(reference)
-            for taken, reference in zip(by_round, times["plain"], strict=True)
-        ]
-        every = [seconds for taken in by_round for seconds in taken]
-        reference = [seconds for taken in times["plain"] for seconds in taken]
-        result[name] = {
-            "median_ms": statistics.median(every) * 1e3,
-            "ratio_of_medians": statistics.median(ratios),
-            "ratio_of_means": statistics.fmean(every) / statistics.fmean(reference),
+        for _ in range(WARM_UP):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(steps):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if name in SLOW and number % SLOW_EVERY:
+                continue
+            began = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - began)
+    plain_times = times["plain"]
+    return {
+        name: {
+            "median_ms": statistics.median(taken) * 1e3,
+            "ratio_of_medians": statistics.median(taken) / statistics.median(plain_times),
+            "ratio_of_means": statistics.fmean(taken) / statistics.fmean(plain_times),
         }
-    return result
+        for name, taken in times.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
-    parser.add_argument("--seconds", type=float, default=2.0, help="about how long a turn of a quick contender lasts")
+    parser.add_argument("--seconds", type=float, default=12.0, help="about how long each quick contender runs")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch's; one is the steadiest on a shared machine")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     results = {}
     for name, shape in SHAPES.items():
-        steps = max(4, round(options.seconds * 1e3 / float(name.split()[0])))
-        results[name] = measure(shape, options.rounds, steps, slow_steps=max(2, steps // 20))
+        steps = round(options.seconds * 1e3 / float(name.split()[0]))
+        results[name] = measure(shape, max(steps, 2 * SLOW_EVERY))
     if options.json:
         print(json.dumps(results))
         return
