@@ -137,8 +137,9 @@ def _cpp_log_level() -> ctypes.c_int | None:
 
 
 def _activities() -> set[ProfilerActivity]:
-    """Memory is noted whatever activity is asked for. With another than the CPU's, Kineto writes no trace of its own, which
-    takes half of the time that stopping takes; it then warns that it has none, so only where warnings can be muted."""
+    """Memory is noted whatever activity is asked for. With another than the CPU's, Kineto writes no trace of its own,
+    which takes half of the time that stopping takes; it then warns that it has none, so only where warnings can be
+    muted."""
     quiet = _cpp_log_level() is not None and hasattr(ProfilerActivity, "MTIA")
     return {ProfilerActivity.MTIA if quiet else ProfilerActivity.CPU}
 
