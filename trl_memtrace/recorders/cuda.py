@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import Recorder, WholeRecording
-from .snapshot import Snapshot, SnapshotError, read_history
+from .snapshot import Snapshot, read_history
 
 _FIRST_ENTRIES = 100_000
 _MOST_ENTRIES = 2_000_000
@@ -188,10 +188,7 @@ class CudaRecorder(Recorder):
             return None
         traces = [*traces]
         traces[self._device] = step
-        try:
-            history = read_history(Snapshot(Path("memory"), {**data, "device_traces": traces}), self._device)
-        except SnapshotError:
-            return None
+        history = read_history(Snapshot(Path("memory"), {**data, "device_traces": traces}), self._device)
         new_high = peak if peak > self._highest else None
         self._highest = max(self._highest, peak)
         return WholeRecording(
