@@ -190,7 +190,7 @@ def test_a_whole_process_stays_small(phi3: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_process_takes_no_longer_than_its_imports(phi3: Path) -> None:
+def test_a_whole_process_takes_about_as_long_as_its_imports(phi3: Path) -> None:
     """Machines differ in speed, so this compares processor time with that of building the model by hand; the same
     process twice differs by several percent on a shared one."""
     by_hand = (
