@@ -21,6 +21,7 @@ from .records import FailureRecord, Peak, RunTrace, StepRecord, Summary, record_
 from .run_info import describe_run, look_beyond
 from .sinks import Sink
 from .sinks.jsonl import JsonlSink
+from .step_books import StepBooks, peak_books_path
 from .tracer import MemoryTracer, TracePolicy
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ class MemTrace(TrainerCallback):
             return
         if self._tracer is not None:
             self._tracer.close()
+            self._keep_books(self._tracer.peak_books)
         summary, self._summary = self._summary, None
         beyond = look_beyond(summary)
         self._tell_sinks(lambda sink: sink.close(summary))
@@ -200,6 +202,13 @@ class MemTrace(TrainerCallback):
             print_summary(summary, path, beyond=beyond)
             if failure is not None:
                 print_failure(failure)
+
+    def _keep_books(self, books: StepBooks | None) -> None:
+        if books is not None and self._path is not None:
+            try:
+                books.save(peak_books_path(self._path))
+            except OSError as problem:
+                warn(f"the books of the peak step could not be written: {problem}")
 
     def _switch_off(self) -> None:
         """Remove everything that is installed."""

@@ -20,6 +20,7 @@ from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
 from .recorders.counters import AcceleratorCounters, CountersRecorder
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
+from .step_books import StepBooks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,6 +110,7 @@ class MemoryTracer:
         self._on_record = on_record or self._steps.append
         self.summary = Summary(header or RunHeader())
         self.failure: FailureRecord | None = None
+        self.peak_books: StepBooks | None = None
         self._recorder: Recorder | None = None
         self._roles: dict[str, str] | None = None
         self._largest_batch = 0
@@ -269,7 +271,9 @@ class MemoryTracer:
                 "busy", "another profiler was started: MemTrace stands aside, and only counts steps while that is so"
             )
             return None
-        books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
+        timeline = window.phases.timeline(self._roles)
+        books, allocator = keep_books(recorded.recording, recorded.claims, timeline)
+        self._keep_if_highest(StepBooks(self._number, books, allocator, timeline))
         if isinstance(recorded.recording, WholeRecording):
             reserved = recorded.recording.reserved_bytes
         return step_record(self._number, books, allocator, seconds, reserved)
@@ -299,6 +303,7 @@ class MemoryTracer:
                 if sighting.phase in (Phase.FORWARD, Phase.LOSS):  # the backward that would have needed what was there
                     timeline = timeline.followed_by(Phase.BACKWARD, sighting.time_ns)
                 books, allocator = keep_books(recorded.recording, recorded.claims, timeline, cut_short=True)
+                self._keep_if_highest(StepBooks(self._number, books, allocator, timeline))
                 moment = last_allocation(books.ledger, sighting.time_ns)
                 failed = replace(failed, traced=True, peak=peak_at(books, allocator, moment, sighting.phase))
                 if isinstance(recorded.recording, WholeRecording):
@@ -315,6 +320,10 @@ class MemoryTracer:
             free_bytes=failed.free_bytes,
         )
         return replace(failed, suggestions=advice)
+
+    def _keep_if_highest(self, step: StepBooks) -> None:
+        if self.peak_books is None or step.peak_bytes > self.peak_books.peak_bytes:
+            self.peak_books = step
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
