@@ -34,6 +34,8 @@ def category_table(sizes: Mapping[Category, int]) -> dict[str, int]:
 def _integer(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{value!r} is not an integer")
+    if not -(2**63) <= value < 2**63:
+        raise OverflowError("an integer of more than 64 bits is no number of bytes")
     return value
 
 
