@@ -15,6 +15,7 @@ from .bookkeeping import keep_books, last_allocation, peak_at, step_record
 from .categories import Phase
 from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
+from .listeners import tell
 from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
@@ -196,6 +197,8 @@ class MemoryTracer:
         self._began = 0.0
         self.summary.add(record)
         self._on_record(record)
+        with self._guarded():
+            tell(record)
         return record
 
     def fail(self, problem: BaseException) -> FailureRecord | None:
@@ -209,6 +212,7 @@ class MemoryTracer:
         self.failure = None
         with self._guarded():
             self.failure = self._describe_failure(problem)
+            tell(self.failure)
         self.abandon_step()
         return self.failure
 
