@@ -388,6 +388,8 @@ class RunTrace:
     rank: int = 0
     damaged_lines: int = 0
     failure: FailureRecord | None = None
+    context_bytes: int | None = None
+    process_peak_bytes: int | None = None
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.steps)
@@ -403,7 +405,7 @@ class RunTrace:
     @property
     def summary(self) -> Summary:
         """The whole run in one."""
-        summary = Summary(self.header)
+        summary = Summary(self.header, context_bytes=self.context_bytes, process_peak_bytes=self.process_peak_bytes)
         for step in self.steps:
             summary.add(step)
         return summary
@@ -476,6 +478,9 @@ class RunTrace:
                     steps[step.step] = step
                 elif kind in ("oom", "failure"):
                     run.failure = FailureRecord.from_json(data)
+                elif kind == "summary":  # steps tell all else
+                    run.context_bytes = _integer_or_none(data.get("context_bytes"))
+                    run.process_peak_bytes = _integer_or_none(data.get("process_peak_bytes"))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 run.damaged_lines += 1
         if not seen_header:

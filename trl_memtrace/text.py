@@ -15,3 +15,8 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """``text`` as a single printable line, runs of white space made one space."""
     return printable(" ".join(text.split()))
+
+
+def words(name: str) -> str:
+    """A category, phase or role as it is read: ``optimizer states``."""
+    return name.replace("_", " ")
