@@ -164,16 +164,29 @@ class _Names:
         return self.numbers.setdefault(name, len(self.numbers))
 
 
-def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
-    """The phases as stretches of the ledger, from its first instant to its last. What is idle between a backward and
-    the optimizer step is the optimizer's: it is there that gradients are unscaled and clipped. An idle stretch without
-    events is left out, unless it is the last, whose end is the step's."""
-    last = len(ledger.level) - 1
+def phases_of(timeline: Timeline) -> list[Phase]:
+    """What is idle before the timeline's first phase, and its phases. What is idle between a backward and the
+    optimizer step is the optimizer's: it is there that gradients are unscaled and clipped."""
     phases = [Phase.IDLE, *timeline.phase]
-    starts = [0, *ledger.instants(timeline.phase_ns).tolist()]
     for index in range(1, len(phases) - 1):
         if phases[index - 1 : index + 2] == [Phase.BACKWARD, Phase.IDLE, Phase.OPTIMIZER]:
             phases[index] = Phase.OPTIMIZER
+    return phases
+
+
+def stretches_of(timeline: Timeline, end_ns: int) -> Iterator[tuple[Phase, int, int]]:
+    """The timeline's phases with their first and last times; the last ends at ``end_ns``."""
+    starts = list(timeline.phase_ns)
+    ends = [*starts[1:], end_ns][: len(starts)]
+    return zip(phases_of(timeline)[1:], starts, ends, strict=True)
+
+
+def spans_of(ledger: Ledger, timeline: Timeline) -> tuple[Span, ...]:
+    """The phases as stretches of the ledger, from its first instant to its last. An idle stretch without events is
+    left out, unless it is the last, whose end is the step's."""
+    last = len(ledger.level) - 1
+    phases = phases_of(timeline)
+    starts = [0, *ledger.instants(timeline.phase_ns).tolist()]
     ends = [*starts[1:], last]
     spans = [Span(*row) for row in zip(phases, starts, ends, strict=True)]
     kept = [span for span in spans[:-1] if span.phase is not Phase.IDLE or span.end > span.start]

@@ -23,6 +23,8 @@ from ..errors import MemtraceError
 from ..ledger import BoolArray, Events, Int64Array, Ledger
 
 _ROUNDING = 512  # kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp: what every size is rounded up to
+EXACT_SIZES = "trl_memtrace_exact_sizes"
+"""Set in a snapshot of our own making: its sizes are those that were allocated, not those that were asked for."""
 _SEGMENT_ACTIONS = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 _SPARE_BYTES = 512 * 1024**2
 _BYTES_PER_BYTE = 64  # what unpickled dicts and numbers take up, for each byte of the file, at the very most
@@ -167,7 +169,8 @@ def read_history(snapshot: Snapshot, device: int) -> DeviceHistory:
         )
     columns = _read_trace(trace)
     held, total, allocated = _read_segments(snapshot.segments, device)
-    rounded = _round_up(np.abs(columns.size)) * np.sign(columns.size)
+    rounding = 1 if snapshot.data.get(EXACT_SIZES) is True else _ROUNDING
+    rounded = _round_up(np.abs(columns.size), rounding) * np.sign(columns.size)
     events = Events.of(np.arange(len(rounded)), columns.address, rounded)
 
     first = Ledger.of(events)
@@ -305,8 +308,8 @@ def _reserved(total: int, columns: _Columns) -> Int64Array:
     return start + np.concatenate([[0], np.cumsum(columns.segment_change)]).astype(np.int64)
 
 
-def _round_up(size: Int64Array) -> Int64Array:
-    return (size + _ROUNDING - 1) // _ROUNDING * _ROUNDING
+def _round_up(size: Int64Array, to: int) -> Int64Array:
+    return (size + to - 1) // to * to
 
 
 def _is_int(row: Any, *keys: str) -> bool:
