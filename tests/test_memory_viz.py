@@ -20,15 +20,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.cuda import _memory_viz
+from typer.testing import CliRunner
 
-from trl_memtrace import MemoryTracer
+from trl_memtrace import MemoryTracer, commands
 from trl_memtrace.attribution import Books, Span, Timeline
+from trl_memtrace.bookkeeping import step_record
 from trl_memtrace.categories import Phase
+from trl_memtrace.errors import MemtraceError
 from trl_memtrace.ledger import Events, Ledger
 from trl_memtrace.recorders.snapshot import read_history, read_snapshot
+from trl_memtrace.records import RunHeader, dump_line
 from trl_memtrace.reporters.memory_viz import lay_out, snapshot_of, write_memory_viz
 from trl_memtrace.snapshot_summary import analyse
-from trl_memtrace.step_books import StepBooks
+from trl_memtrace.step_books import StepBooks, peak_books_path
 
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures" / "cuda_snapshots" / "toy.pickle"
 
@@ -257,3 +261,51 @@ def test_a_snapshot_of_somebody_elses_comes_back_with_categories(tmp_path: Path)
     data = pickle.loads((tmp_path / "again.pickle").read_bytes())
     assert max(map(held, replayed(data))) == analysis.summary.peak.bytes
     assert json.dumps(data)  # plain data through and through
+
+
+def report(*arguments: object) -> Any:
+    return CliRunner().invoke(commands.app, ["report", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def recorded(step: StepBooks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "memtrace"
+    record = folder / "rank-00000.jsonl"
+    record.parent.mkdir()
+    lines = [RunHeader().to_json(), step_record(2, step.books, step.allocator, 0.1).to_json()]
+    record.write_text("".join(map(dump_line, lines)))
+    step.save(peak_books_path(record))
+    return folder
+
+
+def test_the_report_command_writes_both_and_no_page(recorded: Path, tmp_path: Path, step: StepBooks) -> None:
+    viz, trace = tmp_path / "a.pickle", tmp_path / "a\x1b[31m.json"
+    result = report(recorded, "--memory-viz", viz, "--perfetto", trace)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert int(read_history(read_snapshot(viz), 0).ledger.level.max()) == step.peak_bytes
+    counters = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "C"]
+    assert max(event["args"]["bytes"] for event in counters) == step.peak_bytes
+    assert sorted(path.name for path in recorded.iterdir()) == ["rank-00000.jsonl", "rank-00000.peak.npz"]
+    summary = json.loads(report(recorded, "--memory-viz", viz, "--json").stdout)
+    assert summary["peak"]["bytes"] == step.peak_bytes
+
+
+def test_a_record_without_books_and_a_place_that_cannot_be_written_are_told(recorded: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "rank-00000.jsonl"
+    alone.write_text((recorded / "rank-00000.jsonl").read_text())
+    for option in ("--memory-viz", "--perfetto"):
+        with pytest.raises(MemtraceError, match="no books of its peak step"):
+            raise report(alone, option, tmp_path / "x").exception
+        with pytest.raises(MemtraceError, match=r"cannot write .*/nowhere/x"):
+            raise report(recorded, option, tmp_path / "nowhere" / "x").exception
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the real snapshots are not here")
+def test_a_snapshot_can_be_written_again_with_categories(tmp_path: Path) -> None:
+    result = report(SHARED, "--memory-viz", tmp_path / "b.pickle", "--perfetto", tmp_path / "b.json")
+    assert result.exit_code == 0, result.output
+    data = pickle.loads((tmp_path / "b.pickle").read_bytes())
+    assert {"activations", "gradients"} <= {entry.get("category") for entry in data["device_traces"][0]}
+    slices = [event for event in json.loads((tmp_path / "b.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {"forward", "backward"} & {event["name"] for event in slices}
