@@ -359,3 +359,24 @@ def test_nothing_is_warned_about_in_a_plain_run(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", MemtraceWarning)
         run(tmp_path)
+
+
+def test_a_page_for_people_stands_beside_the_record(tmp_path, capsys):
+    _, callback = run(tmp_path, MemTrace(print_table=True))
+    page = tmp_path / "memtrace" / "report.html"
+    assert f"in {callback.run.peak.phase.value} of step {callback.run.peak.step}:" in page.read_text(encoding="utf-8")
+    assert f"Report: {page}" in "".join(capsys.readouterr().out.replace("\n", "").replace("  ", ""))
+
+
+def test_a_page_that_cannot_be_written_costs_a_warning(tmp_path):
+    (tmp_path / "memtrace" / "report.html").mkdir(parents=True)
+    with pytest.warns(MemtraceWarning, match="the HTML report is not written, the record is: IsADirectoryError"):
+        _, callback = run(tmp_path)
+    assert len(callback.run) == 3
+
+
+def test_no_page_where_none_is_wanted(tmp_path):
+    run(tmp_path, MemTrace(report=False))
+    assert not (tmp_path / "memtrace" / "report.html").exists()
+    with pytest.raises(ValueError, match="report must be True or False, not 'no'"):
+        MemTrace(report="no")

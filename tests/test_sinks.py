@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_wandb_rows_hold_our_metrics_beside_the_trainers_own(tmp_path, offline_w
     assert summary["memory/run/peak/phase"] == callback.run.peak.phase
     assert any("memory/modules" in key for row in rows for key in row)
     assert config["memtrace"]["first_steps"] == 3
+    logged = {key: value for row in rows for key, value in row.items() if key.startswith("memory/")}
+    assert logged["memory/timeline/_type"] == logged["memory/steps/_type"] == "plotly-file"
+    (run,) = offline_wandb.glob("wandb/offline-run-*")
+    drawn = json.loads((run / "files" / logged["memory/steps/path"]).read_text())
+    bands = [trace for trace in drawn["data"] if "stackgroup" in trace]
+    assert bands[0]["x"] == [step.step for step in callback.run if step.traced]
+    highest = max(sum(heights) for heights in zip(*(band["y"] for band in bands), strict=True))
+    assert highest == pytest.approx(callback.run.peak.bytes / 1024**2, abs=1e-3)
 
 
 def test_the_runs_own_step_is_the_same_with_memtrace_and_without(tmp_path, offline_wandb, monkeypatch):

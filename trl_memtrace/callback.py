@@ -66,6 +66,8 @@ class MemTrace(TrainerCallback):
             them.
         print_table: whether to print the table at the end; when not given, unless ``args.disable_tqdm``. Only the main
             process prints.
+        report: whether to write ``report.html`` beside the record at the end, for people to look at. Only the main
+            process writes it, after training.
 
     Raises:
         ValueError: an argument has a value that it cannot take.
@@ -79,13 +81,17 @@ class MemTrace(TrainerCallback):
         output_dir: str | os.PathLike[str] | None = None,
         report_to: str | Sequence[str] = _FOLLOW_TRAINER,
         print_table: bool | None = None,
+        report: bool = True,
     ) -> None:
         self._policy = TracePolicy(first_steps, every_n_steps, new_highs)
         self._output_dir = _checked_folder(output_dir)
         self._report_to = _checked_report_to(report_to)
         if print_table not in (None, True, False):
             raise ValueError(f"print_table must be True, False or None, not {print_table!r}")
+        if report not in (True, False):
+            raise ValueError(f"report must be True or False, not {report!r}")
         self._print_table = print_table
+        self._report = report
         self._tracer: MemoryTracer | None = None
         self._begin: Callable[..., MemoryTracer] | None = None
         self._summary: Summary | None = None
@@ -93,7 +99,7 @@ class MemTrace(TrainerCallback):
         self._pending: StepRecord | None = None
         self._run: RunTrace | None = None
         self._path: Path | None = None
-        self._table_wanted = False
+        self._table_wanted = self._page_wanted = False
         self._unwatch_loop: Callable[[], None] | None = None
 
     @property
@@ -135,6 +141,7 @@ class MemTrace(TrainerCallback):
         )
         chosen = self._print_table
         self._table_wanted = state.is_world_process_zero and (not args.disable_tqdm if chosen is None else chosen)
+        self._page_wanted = state.is_world_process_zero and self._report
         self._unwatch_loop = _watch_loop(trainer, self)
         self._tell_sinks(lambda sink: sink.open(header))
 
@@ -196,10 +203,11 @@ class MemTrace(TrainerCallback):
         self._tell_sinks(lambda sink: sink.close(summary))
         wanted, path = self._table_wanted, self._path
         self._switch_off()
+        page = _write_page(path.parent) if self._page_wanted and path is not None else None
         if wanted:
             from .reporters.terminal import print_failure, print_summary
 
-            print_summary(summary, path, beyond=beyond)
+            print_summary(summary, path, beyond=beyond, page=page)
             if failure is not None:
                 print_failure(failure)
 
@@ -245,11 +253,30 @@ class MemTrace(TrainerCallback):
         wanted = followed if self._report_to == _FOLLOW_TRAINER else self._report_to
         handler = getattr(trainer, "callback_handler", None)
         callbacks = handler.callbacks if handler is not None else []
-        yield from _tracker_sinks(wanted, callbacks, args, state, control, asdict(self._policy))
+        yield from _tracker_sinks(wanted, callbacks, args, state, control, asdict(self._policy), self._path)
+
+
+def _write_page(folder: Path) -> Path | None:
+    """Write the report of the records in a folder; None where that fails, which costs nobody anything else."""
+    try:
+        from .reading import read
+        from .reporters.html import write_report
+
+        return write_report(read(folder), folder / "report.html")
+    except Exception as problem:
+        logger.debug("the report failed", exc_info=problem)
+        warn(f"the HTML report is not written, the record is: {type(problem).__name__}: {problem}")
+        return None
 
 
 def _tracker_sinks(
-    wanted: Sequence[str], callbacks: Sequence[Any], args: Any, state: Any, control: Any, settings: dict[str, Any]
+    wanted: Sequence[str],
+    callbacks: Sequence[Any],
+    args: Any,
+    state: Any,
+    control: Any,
+    settings: dict[str, Any],
+    record: Path,
 ) -> Iterator[Sink]:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -259,7 +286,7 @@ def _tracker_sinks(
         if name == "wandb":
             from .sinks.wandb import WandbSink
 
-            yield WandbSink(settings, own_rows=name not in (args.report_to or ()))
+            yield WandbSink(settings, own_rows=name not in (args.report_to or ()), record=record)
         elif name == "trackio":
             yield trackers.TrackerSink(trackers.trackio())
         else:

@@ -101,13 +101,13 @@ def read(path: str | os.PathLike[str]) -> Reading:
 
         return of_snapshot(place, analyse(read_snapshot(place)))
     files = _record_files(place)
-    runs = [RunTrace.load(file) for file in files]
+    runs = _of_one_run([RunTrace.load(file) for file in files])
     summaries = [run.summary for run in runs]
     name = files[0].name if os.path.isfile(place) else _name_of(files[0].parent)
     reading = Reading(name, files[0].parent, runs, summaries)
     warnings = [
         f"{file.name}: damaged lines were passed over, {run.damaged_lines} of them"
-        for file, run in zip(files, runs, strict=True)
+        for file, run in zip(files, runs, strict=False)
         if run.damaged_lines
     ]
     try:
@@ -143,6 +143,12 @@ def _record_files(place: Path) -> list[Path]:
         f"no record at {place}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace), one of its files, or a "
         "PyTorch memory snapshot"
     )
+
+
+def _of_one_run(runs: list[RunTrace]) -> list[RunTrace]:
+    """Without the records that an earlier run of more processes has left behind."""
+    size = runs[0].header.trainer.get("world_size")
+    return [run for run in runs if run.rank < size or run is runs[0]] if isinstance(size, int) else runs
 
 
 def _name_of(folder: Path) -> str:

@@ -4,6 +4,7 @@ memory."""
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from .tracer import device_of
 
 if TYPE_CHECKING:
     from .device import Line
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = (
     "trl-memtrace",
@@ -129,8 +132,8 @@ def look_beyond(summary: Summary) -> tuple[Line, ...]:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """Class, name, parameters and bytes; a shared parameter counts once, a quantized one by the elements that it
-    stores."""
+    """Class, name, parameters and bytes, a shared parameter counted once, a quantized one by the elements that it
+    stores; and what it is made of, as ``trl-memtrace model --json`` says it."""
     parameters = list(model.parameters())
     config = getattr(model, "config", None)
     return {
@@ -140,4 +143,17 @@ def describe_model(model: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        **_made_of(model),
     }
+
+
+def _made_of(model: Any) -> dict[str, Any]:
+    """Components and layers of a model; nothing where it cannot be told."""
+    from .model import describe
+
+    try:
+        described = describe(model).to_dict()
+    except Exception as problem:  # whatever somebody's model does when it is looked at
+        logger.debug("the model is not described", exc_info=problem)
+        return {}
+    return {name: described[name] for name in ("components", "layers", "layer_parameters", "non_layer_parameters")}

@@ -61,15 +61,25 @@ def report(
             print_failure(reading.run.failure)
     _write_step(reading, perfetto, memory_viz, quiet=as_json)
     if output is not None or not (terminal or as_json or perfetto or memory_viz):
-        from ..reporters.html import write_report
-
         target = output or (reading.folder / f"{run.stem}.html" if run.is_file() else reading.folder / "report.html")
-        try:
-            written = write_report(reading, target)
-        except OSError as problem:
-            raise UnwritableError(f"cannot write {target}: {problem.strerror or problem}") from None
+        written = write_page(reading, target)
         if not as_json:
             print(printable(str(written)))
+
+
+def write_page(reading: Reading, path: Path) -> Path:
+    """Write the HTML report, or say in one line why that cannot be.
+
+    Raises:
+        UnwritableError: the file cannot be written.
+        PlotlyMissingError: plotly is not installed.
+    """
+    from ..reporters.html import write_report
+
+    try:
+        return write_report(reading, path)
+    except OSError as problem:
+        raise UnwritableError(f"cannot write {path}: {problem.strerror or problem}") from None
 
 
 def _write_step(reading: Reading, perfetto: Path | None, memory_viz: Path | None, *, quiet: bool) -> None:

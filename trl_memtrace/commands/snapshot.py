@@ -19,6 +19,7 @@ def snapshot(
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Replay it through the simulated allocator.")] = False,
     user_frames: Annotated[bool, typer.Option("--user-frames", help="Hide call sites inside libraries.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Also write an HTML report to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Say what a snapshot file holds: categories at the peak and at the end, phases, call sites, reserved memory."""
@@ -34,6 +35,11 @@ def snapshot(
             from ..allocator import replay_snapshot
 
             simulated = replay_snapshot(read.data, analysis.history.device).summary()
+        if page is not None:
+            from ..reading import of_snapshot
+            from .report import write_page
+
+            write_page(of_snapshot(file, analysis), page)
         if as_json:
             summary = analysis.summary.to_json()
             print(json.dumps(summary if simulated is None else {**summary, "simulated": simulated}))

@@ -40,7 +40,7 @@ _ROLE_TINT = (0.0, 0.28, 0.5, 0.14, 0.4)
 _GRID = "rgba(128,128,128,0.25)"
 _CLEAR = "rgba(0,0,0,0)"
 _BOUNDARY = "rgba(128,128,128,0.75)"
-_INK = "rgb(90,98,108)"
+_INK = "#78808a"
 
 
 def highest_and_lowest(values: Int64Array, place: Int64Array, buckets: int = BUCKETS) -> Int64Array:
@@ -184,11 +184,15 @@ class _Kind:
     colour: str
 
 
-def timeline_figure(step: StepBooks) -> Figure:
+def timeline_figure(step: StepBooks, *, counts_events: bool = False) -> Figure:
     """The traced step, from its first allocation to its end: what was alive by category and role, with its phases.
 
     However many blocks the step has, about a thousand instants are drawn; those of its peak, of every phase's ends and
     of every stretch's highest and lowest level are among them.
+
+    Args:
+        step: its books.
+        counts_events: whether its clock counts events, as that of snapshots and dry runs does, and not nanoseconds.
     """
     books, ledger = step.books, step.books.ledger
     time = _times(ledger.time_ns, len(ledger.level))
@@ -200,14 +204,14 @@ def timeline_figure(step: StepBooks) -> Figure:
     unit, scale = common_unit(int(step.allocator.max()))
     span_of = np.maximum(np.searchsorted([span.start for span in books.spans], kept, side="left") - 1, 0)
     phases = [books.spans[index].phase.value for index in span_of.tolist()]
-    divisor, second = (1e9, "s") if int(time[-1]) > 2_000_000_000 else (1e6, "ms")
+    divisor, label, title = _clock(int(time[-1]), counts_events)
     x = [round(float(value), 4) for value in time[kept] / divisor]
     bands = [
         _band(kind.category, kind.name, x, levels[place].tolist(), scale, colour=kind.colour, shape="hv")
         for place, kind in enumerate(kinds)
     ]
     at = int(np.searchsorted(kept, peak))
-    layout = _layout(f"{second} since the step began", unit, step.peak_bytes / scale)
+    layout = _layout(title, unit, step.peak_bytes / scale)
     layout["annotations"] = [
         _flag(x[at], step.peak_bytes / scale, f"peak {format_bytes(step.peak_bytes)}", (x[0], x[-1])),
         *_phase_names(step, time, divisor),
@@ -217,10 +221,19 @@ def timeline_figure(step: StepBooks) -> Figure:
     layout["meta"] = {
         "unit": unit,
         "at": at,
-        "labels": [f"{value:,.4g} {second}, {phase}" for value, phase in zip(x, phases, strict=True)],
+        "labels": [label.format(value, phase) for value, phase in zip(x, phases, strict=True)],
         "home": f"At the peak, {phases[at]}",
     }
     return {"data": [*bands, _names_on(bands, x)], "layout": layout}
+
+
+def _clock(duration: int, counts_events: bool) -> tuple[float, str, str]:
+    """By what to divide a step's clock, how to write a moment and its phase, and what to call the axis."""
+    if counts_events:
+        return 1.0, "After event {:,.0f}, {}", "allocations and frees"
+    if duration > 2_000_000_000:
+        return 1e9, "{:,.3f} s, {}", "seconds since the step began"
+    return 1e6, "{:,.2f} ms, {}", "milliseconds since the step began"
 
 
 def _without_slivers(kinds: list[_Kind], levels: Int64Array) -> tuple[list[_Kind], Int64Array]:

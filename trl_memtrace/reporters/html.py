@@ -266,7 +266,7 @@ def _steps(reading: Reading) -> Part | None:
 def _timeline(reading: Reading) -> Part | None:
     if reading.books is None:
         return None
-    drawing = timeline_figure(reading.books)
+    drawing = timeline_figure(reading.books, counts_events=reading.source != "run")
     blocks, drawn = len(reading.books.books.ledger.size), len(drawing["data"][0]["x"])
     caption = f"{blocks:,} blocks of memory."
     if drawn < len(reading.books.allocator):

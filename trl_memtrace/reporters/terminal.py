@@ -41,7 +41,11 @@ _BAR_WIDTH = 6
 
 
 def print_summary(
-    summary: Summary, path: Path | None = None, console: Console | None = None, beyond: Sequence[Line] = ()
+    summary: Summary,
+    path: Path | None = None,
+    console: Console | None = None,
+    beyond: Sequence[Line] = (),
+    page: Path | None = None,
 ) -> None:
     """Print the end-of-run table.
 
@@ -50,9 +54,10 @@ def print_summary(
         path: where its record is.
         console: where to print; standard output when not given.
         beyond: the lines that add up to what the driver shows as used, at the end.
+        page: where its HTML report is.
     """
     console = console or Console()
-    _print(render_summary(summary, path, console.width), console)
+    _print(render_summary(summary, path, console.width, page), console)
     if beyond:
         _print(Padding(_beyond_table(beyond), (0, 1, 1, 1)), console)
 
@@ -67,14 +72,16 @@ def _beyond_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def render_summary(summary: Summary, path: Path | None = None, width: int = 80) -> RenderableType:
+def render_summary(
+    summary: Summary, path: Path | None = None, width: int = 80, page: Path | None = None
+) -> RenderableType:
     """The end-of-run table and its notes, for a terminal of some width."""
     parts: list[RenderableType] = [Text(), _headline(summary)]
     if summary.worst is not None and summary.worst.traced:
         peak = summary.peak
         tables = category_table(peak, summary.worst.phases, width), _module_table(peak)
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
-    parts += [Text(note, style="dim") for note in _notes(summary, path)]
+    parts += [Text(note, style="dim") for note in _notes(summary, path, page)]
     return Padding(Group(*parts), (0, 1, 1, 1))
 
 
@@ -199,7 +206,7 @@ def _module_table(peak: Peak) -> RenderableType:
     return table
 
 
-def _notes(summary: Summary, path: Path | None) -> Iterable[str]:
+def _notes(summary: Summary, path: Path | None, page: Path | None) -> Iterable[str]:
     if summary.peak.bytes is not None:
         left = summary.peak.categories[Category.UNATTRIBUTED] or 0
         yield (
@@ -212,6 +219,8 @@ def _notes(summary: Summary, path: Path | None) -> Iterable[str]:
     )
     if path is not None:
         yield f"Record: {printable(str(path))}"
+    if page is not None:
+        yield f"Report: {printable(str(page))}"
 
 
 def _table(**options: Any) -> Table:

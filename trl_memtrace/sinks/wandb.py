@@ -1,11 +1,14 @@
-"""W&B: metrics beside the trainer's own, a table by module, the run's summary and configuration."""
+"""W&B: metrics beside the trainer's own, a table by module, figures, the run's summary and configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..categories import CATEGORIES
-from ..records import FailureRecord, Peak, RunHeader, StepRecord, Summary
+from ..records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
+from ..step_books import StepBooks
 from ..units import to_gib
 from . import Sink
 from .metrics import PREFIX, failure_metrics, module_rows, step_metrics, summary_metrics
@@ -23,11 +26,13 @@ class WandbSink(Sink):
     Args:
         settings: what to put into the run's configuration.
         own_rows: the trainer does not log to W&B: write rows of our own.
+        record: the record's file, from which figures are drawn at the end.
     """
 
-    def __init__(self, settings: dict[str, Any], *, own_rows: bool = False) -> None:
+    def __init__(self, settings: dict[str, Any], *, own_rows: bool = False, record: Path | None = None) -> None:
         self._settings = settings
         self._own_rows = own_rows
+        self._record = record
 
     def open(self, header: RunHeader) -> None:
         run = _active_run()
@@ -53,6 +58,8 @@ class WandbSink(Sink):
             run.summary.update(summary_metrics(summary))
             if summary.peak.modules:
                 run.log({f"{PREFIX}modules": module_table(summary.peak)}, commit=False)
+            if self._record is not None:
+                run.log(dict(figures(self._record)), commit=False)
 
 
 def module_table(peak: Peak) -> Any:
@@ -65,6 +72,24 @@ def module_table(peak: Peak) -> Any:
         for name, row, total in module_rows(peak)
     ]
     return wandb.Table(columns=columns, data=data)
+
+
+def figures(record: Path) -> Iterator[tuple[str, Any]]:
+    """The figures of the HTML report as W&B takes them: ``memory/timeline`` of the peak step, where its books were
+    kept, and ``memory/steps``, where several were traced."""
+    import plotly.graph_objects
+    import wandb
+
+    from ..reporters.figures import steps_figure, timeline_figure
+
+    step = StepBooks.of_record(record)
+    drawings = {
+        "timeline": timeline_figure(step) if step is not None else None,
+        "steps": steps_figure(RunTrace.load(record).steps),
+    }
+    for name, drawing in drawings.items():
+        if drawing is not None:
+            yield f"{PREFIX}{name}", wandb.Plotly(plotly.graph_objects.Figure(drawing))
 
 
 def _active_run() -> Any:
