@@ -50,7 +50,7 @@ def _all(
     elif not settings.get("activation_offloading"):
         yield Suggestion("activation_offloading=True", "activations wait in the host's memory", layers)
 
-    batch = settings.get("per_device_train_batch_size") or 0
+    batch, length = (_count(settings.get(name)) for name in ("per_device_train_batch_size", "max_length"))
     passing = all_of("activations") + all_of("inputs") + bytes_of("temporaries", "forward", "loss", "backward")
     if batch > 1:
         yield Suggestion(
@@ -58,9 +58,9 @@ def _all(
             "what a batch's tokens hold",
             passing * (batch - batch // 2) // batch,
         )
-    elif settings.get("max_length"):
+    elif length > 1:
         yield Suggestion(
-            f"max_length={settings['max_length'] // 2}",
+            f"max_length={length // 2}",
             "what a sequence's tokens hold, where it is that long",
             passing // 2,
         )
@@ -87,3 +87,8 @@ def _all(
         yield Suggestion(
             "PYTORCH_ALLOC_CONF=expandable_segments:True", "free memory in pieces that do not fit", free_bytes
         )
+
+
+def _count(value: Any) -> int:
+    """A setting that is a number; 0 where it is none."""
+    return value if isinstance(value, int) else 0

@@ -111,7 +111,8 @@ def steps_figure(steps: Sequence[StepRecord]) -> Figure | None:
     layout = _layout("step", unit, tallest)
     layout["xaxis"] |= {"tickformat": ",d", **({"dtick": 1} if x[-1] - x[0] <= _FEW_STEPS else {})}
     layout["annotations"] = [
-        _flag(peak.step, (peak.peak.bytes or 0) / scale, f"peak {format_bytes(peak.peak.bytes)}", (x[0], x[-1]))
+        _flag(peak.step, (peak.peak.bytes or 0) / scale, f"peak {format_bytes(peak.peak.bytes)}", (x[0], x[-1])),
+        *(_line_name(line) for line in lines),
     ]
     layout["meta"] = {
         "unit": unit,
@@ -169,6 +170,18 @@ def _line(
         "y": [_scaled(size, scale) for size in height[kept].tolist()],
         "line": {"color": _INK, "width": 1.5, "dash": dash},
         "hovertemplate": f"%{{y:.2f}} {unit}",
+    }
+
+
+def _line_name(line: Figure) -> dict[str, Any]:
+    return {
+        "x": line["x"][-1],
+        "y": line["y"][-1],
+        "text": line["name"],
+        "showarrow": False,
+        "xanchor": "right",
+        "yanchor": "bottom",
+        "font": {"size": 12},
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from .page import (
 _MOST_STEPS = 200
 _MOST_SUGGESTIONS = 5
 _WHOLE = 0.995
+_NAMES = (("Class", "class"), ("Name", "name_or_path"), ("Type", "model_type"))
 _KINDS = {"run": "Run", "dry_run": "Dry run", "snapshot": "Snapshot"}
 _SHOWN_PHASES = tuple(phase for phase in PHASES if phase not in (Phase.IDLE, Phase.LOAD, Phase.SAVE))
 
@@ -78,14 +80,14 @@ def render_report(reading: Reading) -> str:
         Markup("<b>MemTrace</b> {} {} {}").format(
             _KINDS.get(reading.source, "Run"), "\N{MIDDLE DOT}", printable(reading.name)
         ),
-        answer(reading),
+        _unbroken(answer(reading)),
         _facts(reading),
         contents((anchor, heading) for anchor, heading, _ in parts),
         lead=_lead(reading),
     )
-    made_by = Markup('Made by <a href="https://pypi.org/project/trl-memtrace/">trl-memtrace</a> {}. {}').format(
-        reading.summary.header.versions.get("trl-memtrace", ""),
-        "Sizes are in binary units: 1 GiB is 1,073,741,824 bytes.",
+    version = reading.summary.header.versions.get("trl-memtrace")
+    made_by = Markup('Made by <a href="https://pypi.org/project/trl-memtrace/">trl-memtrace</a>{}. {}').format(
+        f" {version}" if version else "", "Sizes are in binary units: 1 GiB is 1,073,741,824 bytes."
     )
     return page(f"{reading.name}: memory", head, (markup for _, _, markup in parts), made_by)
 
@@ -124,6 +126,11 @@ def largest(peak: Peak) -> str:
     if roles[role] >= _WHOLE * held:
         return text
     return f"{text}, of which {words(role.partition(ROLE_SEPARATOR)[2])} {100 * roles[role] / held:.0f}%"
+
+
+def _unbroken(text: str) -> str:
+    """Text in which a number keeps its unit beside it."""
+    return re.sub(r"(?<=\d) (?=[KMGT]?i?B\b)|(?<=\bstep) (?=\d)", "\N{NO-BREAK SPACE}", text)
 
 
 def _lead(reading: Reading) -> str:
@@ -462,53 +469,56 @@ def _sites(reading: Reading) -> Part | None:
 
 def _model(reading: Reading) -> Part | None:
     model = reading.summary.header.model
-    if not isinstance(model.get("parameters"), int):
+    parameters, total = _integer(model.get("parameters")), _integer(model.get("bytes"))
+    if parameters is None:
         return None
-    parameters, total = model["parameters"], model.get("bytes")
     about = [
-        ("Class", printable(str(model.get("class") or "-"))),
-        ("Name", printable(str(model.get("name_or_path") or "-"))),
+        *((what, printable(str(model[key]))) for what, key in _NAMES if model.get(key)),
         ("Parameters", f"{parameters:,}"),
-        ("Trainable parameters", f"{model.get('trainable_parameters') or 0:,}"),
+        ("Trainable parameters", f"{_integer(model.get('trainable_parameters')) or 0:,}"),
         ("Size", size(total)),
     ]
     parts = [table(("", ""), [(what, value) for what, value in about])]
     components = model.get("components")
     if isinstance(components, Mapping):
-        parts += [Markup("<h3>By component</h3>"), _amounts("component", components, parameters, total)]
-    layers = _layer_rows(model)
+        parts += [Markup("<h3>By component</h3>"), _amounts("component", components.items(), parameters, total)]
+    layers = _layer_rows(model, total)
     if layers:
         parts += [Markup("<h3>By layer</h3>"), _amounts("layers", layers, parameters, total)]
     return _part("model", "The model", *parts, intro="What was trained, and what it is made of.")
 
 
-def _layer_rows(model: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    rows: dict[str, Mapping[str, Any]] = {}
-    for group in model.get("layers") or ():
-        count = group["count"]
+def _layer_rows(model: Mapping[str, Any], total: int | None) -> list[tuple[str, Mapping[str, Any]]]:
+    rows: list[tuple[str, Mapping[str, Any]]] = []
+    inside = 0
+    for group in _mappings(model.get("layers")):
+        count, each = _integer(group.get("count")) or 0, _integer(group.get("bytes_each")) or 0
+        inside += count * each
         name = f"{count} identical layers, each" if count > 1 else "one layer"
-        rows[f"{name} " * (name in rows) + name] = {
-            "parameters": group["parameters_each"],
-            "bytes": group["bytes_each"],
-        }
-    if isinstance(model.get("layer_parameters"), int):
-        rows["all layers"] = {"parameters": model["layer_parameters"]}
-        rows["outside the layers"] = {"parameters": model.get("non_layer_parameters")}
+        rows.append((name, {"parameters": group.get("parameters_each"), "bytes": each}))
+    if rows and total is not None:
+        rows.append(("all layers", {"parameters": model.get("layer_parameters"), "bytes": inside}))
+        outside = {"parameters": model.get("non_layer_parameters"), "bytes": total - inside}
+        rows.append(("outside the layers", outside))
     return rows
 
 
-def _amounts(heading: str, rows: Mapping[str, Mapping[str, Any]], parameters: int, total: Any) -> Markup:
+def _amounts(heading: str, rows: Iterable[tuple[str, Any]], parameters: int, total: int | None) -> Markup:
     cells = [
-        (
-            printable(words(name)),
-            f"{row.get('parameters') or 0:,}",
-            share(row.get("parameters"), parameters),
-            size(row.get("bytes"), total if isinstance(total, int) else None),
-        )
-        for name, row in rows.items()
-        if row.get("parameters")
+        (printable(words(name)), f"{count:,}", share(count, parameters), size(_integer(row.get("bytes")), total))
+        for name, row in rows
+        if isinstance(row, Mapping) and (count := _integer(row.get("parameters")))
     ]
     return table((heading, "parameters", "of total", "size"), cells)
+
+
+def _integer(value: Any) -> int | None:
+    """A count in a record's header, which nobody has checked."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
 
 def _settings(reading: Reading) -> Part | None:
@@ -548,7 +558,7 @@ def _settings(reading: Reading) -> Part | None:
 
 
 def _value(what: str, value: Any) -> Cell:
-    if what.endswith("_bytes") and isinstance(value, int) and not isinstance(value, bool):
+    if what.endswith("_bytes") and _integer(value) is not None:
         return size(value)
     return printable(str(value))
 

@@ -80,9 +80,10 @@ def page(title: str, header: Markup, sections: Iterable[Markup], footer: Markup 
     body = join(sections)
     drawn = "data-figure" in body
     scripts = [plotly_js(), _asset("page.js")] if drawn else []
-    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
+    # Evaluation is allowed for tools that drive a browser; none of the page's own scripts evaluates text.
+    allowed = " ".join(["'unsafe-eval'", *(f"'sha256-{_digest(script)}'" for script in scripts)])
     whole = _SHELL.format(
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {hashes}",
+        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}",
         title=title,
         css=Markup(_asset("page.css") + category_css()),
         header=header,
