@@ -206,6 +206,7 @@ def test_a_script_that_got_in_would_not_run(chromium: Any, tmp_path: Path) -> No
     opened.page.close()
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_are_small_and_open_at_once(chromium: Any, tmp_path: Path) -> None:
     rows = [
         step_line(n, {"weights": 6 * GIB, "activations": GIB + n * 7919 % 10_007 * 2**18}, reserved=12 * GIB)

@@ -27,6 +27,10 @@ Figure = dict[str, Any]
 BUCKETS = 500
 """How many stretches a long axis is cut into; of each the highest and the lowest point are drawn."""
 
+MOST_MARKS = 120
+"""Up to how many traced steps are marked on the axis."""
+
+_FINE = 300
 _MAX_BANDS = 12
 _MAX_LEAVES = 1500
 _FEW_STEPS = 12
@@ -109,7 +113,11 @@ def steps_figure(steps: Sequence[StepRecord]) -> Figure | None:
     peak = shown[highest]
     tallest = max([float(height.max()) / scale, *(max(line["y"]) for line in lines)])
     layout = _layout("step", unit, tallest)
-    layout["xaxis"] |= {"tickformat": ",d", **({"dtick": 1} if x[-1] - x[0] <= _FEW_STEPS else {})}
+    layout["xaxis"] |= {
+        "range": [steps[0].step, steps[-1].step],
+        "tickformat": ",d",
+        **({"dtick": 1} if x[-1] - x[0] <= _FEW_STEPS else {}),
+    }
     layout["annotations"] = [
         _flag(peak.step, (peak.peak.bytes or 0) / scale, f"peak {format_bytes(peak.peak.bytes)}", (x[0], x[-1])),
         *(_line_name(line) for line in lines),
@@ -132,7 +140,8 @@ def steps_figure(steps: Sequence[StepRecord]) -> Figure | None:
         "showlegend": False,
         "cliponaxis": False,
     }
-    return {"data": [*bands, *lines, rug, _names_on(bands, x)], "layout": layout}
+    marks = [rug] if len(x) <= MOST_MARKS else []
+    return {"data": [*bands, *lines, *marks, _names_on(bands, x)], "layout": layout}
 
 
 def _allocated(step: StepRecord) -> int | None:
@@ -549,7 +558,7 @@ def _band(
         "meta": {"category": category.value, "name": name},
         "x": list(x),
         "y": [_scaled(size, scale) for size in sizes],
-        "line": {"width": 0.5, "color": "rgba(255,255,255,0.55)", "shape": shape},
+        "line": {"width": 0.5 if len(x) <= _FINE else 0, "color": "rgba(255,255,255,0.55)", "shape": shape},
         "fillcolor": colour or COLOURS[category],
         "fillpattern": {
             "shape": PATTERNS[category],

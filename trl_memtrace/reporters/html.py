@@ -16,7 +16,7 @@ from ..reading import Reading
 from ..records import Peak, PhaseRecord, Suggestion
 from ..text import one_line, printable, words
 from ..units import common_unit, format_bytes
-from .figures import Branch, peak_figure, peak_tree, short_module, steps_figure, timeline_figure
+from .figures import MOST_MARKS, Branch, peak_figure, peak_tree, short_module, steps_figure, timeline_figure
 from .page import (
     NOTHING,
     Cell,
@@ -160,13 +160,12 @@ def _facts(reading: Reading) -> Markup:
     if held.bytes is not None:
         where = held.phase.value if held.phase else ""
         rows.append(("Allocated at the peak", size(held.bytes), f"in {where}" if where else ""))
-    if summary.reserved_peak_bytes is not None:
-        free = summary.reserved_peak_bytes - (summary.allocated_peak_bytes or held.bytes or 0)
-        rows.append(
-            ("Reserved at most", size(summary.reserved_peak_bytes), f"{format_bytes(max(free, 0))} of it cache")
-        )
+    reserved = _reserved(reading)
+    if reserved is not None:
+        free = reserved - (summary.allocated_peak_bytes or held.bytes or 0)
+        rows.append(("Reserved at most", size(reserved), f"{format_bytes(max(free, 0))} of it cache"))
     total = summary.header.device.get("total_bytes")
-    used = summary.process_peak_bytes or summary.reserved_peak_bytes
+    used = summary.process_peak_bytes or reserved
     if isinstance(total, int) and total > 0 and used is not None:
         rows.append(("Of the card", share(used, total), f"of {format_bytes(total)}"))
     if held.bytes is not None:
@@ -177,6 +176,13 @@ def _facts(reading: Reading) -> Markup:
     if reading.source != "snapshot":
         rows.append(("Steps", f"{summary.steps:,}", f"{summary.traced_steps:,} of them traced in full"))
     return facts(rows)
+
+
+def _reserved(reading: Reading) -> int | None:
+    """What the caching allocator had reserved at most, when training failed too."""
+    failure = reading.run.failure
+    known = (reading.summary.reserved_peak_bytes, failure.reserved_bytes if failure is not None else None)
+    return max((count for count in known if count is not None), default=None)
 
 
 # --- the sections --------------------------------------------------------------------------------------------------
@@ -231,7 +237,11 @@ def _steps(reading: Reading) -> Part | None:
         return None
     traced = [step for step in steps if step.traced]
     drawn = len(drawing["data"][0]["x"])
-    caption = "Marks on the axis are the steps that were traced in full; between them the bands are drawn through."
+    caption = (
+        "Marks on the axis are the steps that were traced in full; between them the bands are drawn through."
+        if drawn <= MOST_MARKS
+        else "Between the steps that were traced in full the bands are drawn through."
+    )
     if drawn < len(traced):
         caption += (
             f" Of {len(traced):,} traced steps {drawn:,} are drawn: of every stretch the highest and the lowest,"
@@ -378,7 +388,7 @@ def _phase_table(shown: Sequence[tuple[str, PhaseRecord]], peak_in: Phase | None
 
 def _card(reading: Reading) -> Part | None:
     summary = reading.summary
-    reserved, total = summary.reserved_peak_bytes, summary.header.device.get("total_bytes")
+    reserved, total = _reserved(reading), summary.header.device.get("total_bytes")
     allocated = summary.allocated_peak_bytes or reading.held.bytes
     if reserved is None or allocated is None:
         return None
@@ -428,6 +438,8 @@ def _ranks(reading: Reading) -> Part | None:
     sides = [(run.rank, summary.peak) for run, summary in zip(reading.runs, reading.summaries, strict=True)]
     highest = max(peak.bytes or 0 for _, peak in sides)
     rows = [(f"rank {rank}", _held(peak.categories), size(peak.bytes, highest)) for rank, peak in sides]
+    failure = reading.run.failure
+    why = "ran out of memory" if failure is not None and failure.out_of_memory else "held most"
     numbers = [
         (
             f"rank {run.rank}",
@@ -444,7 +456,7 @@ def _ranks(reading: Reading) -> Part | None:
         bars(rows, highest),
         category_key(peak.categories for _, peak in sides),
         details("As a table", table(("", "step", "phase", "peak", "reserved"), numbers, text_columns=(2,))),
-        intro=f"The peak of every process. All else on this page is of rank {reading.run.rank}, which held most.",
+        intro=f"The peak of every process. All else on this page is of rank {reading.run.rank}, which {why}.",
     )
 
 
