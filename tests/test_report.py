@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_snapshot import FORWARD, MAIN, Made
 from typer.testing import CliRunner
 
 from trl_memtrace import RecordError, RunTrace
@@ -455,6 +456,46 @@ def test_ranks_stand_side_by_side_and_the_highest_is_told_of(folder: Path) -> No
     assert "rank 1 of 2" in seen.words
     assert "rank 0 16.00 GiB rank 1 30.00 GiB" in seen.words
     assert "Peak 16.00 GiB" in report_of(folder / "rank-00000.jsonl").words
+
+
+def test_what_a_run_of_more_processes_left_behind_is_not_this_runs(folder: Path) -> None:
+    write(folder, [step_line(1, {"weights": 30 * GIB})], rank=1, trainer={"world_size": 2})
+    assert "rank 1 of 2" in report_of(folder).words
+    write(folder, [step_line(1, {"weights": GIB})], rank=0, trainer={"world_size": 1})
+    seen = report_of(folder)
+    assert "Peak 1.00 GiB" in seen.words
+    assert "Ranks" not in seen.words
+
+
+def test_the_rank_that_ran_out_of_memory_is_told_of(folder: Path) -> None:
+    held = step_line(1, {"weights": 2 * GIB})["peak"]
+    failure = {
+        **{
+            "record": "oom",
+            "step": 1,
+            "error": "OutOfMemoryError",
+            "phase": "forward",
+            "module": "model.layers.3.mlp",
+        },
+        **{"requested_bytes": 3 * GIB, "traced": True, "reserved_bytes": 25 * GIB, "free_bytes": 0, "suggestions": []},
+        **{name: held[name] for name in ("bytes", "allocator_bytes", "categories", "roles", "modules")},
+    }
+    write(folder, [], rank=1, extra=[failure], device=CARD)
+    seen = report_of(folder)
+    said = "Out of memory in step 1, forward, in layers.3.mlp when 3.00 GiB more was asked for: weights 100%"
+    assert said in seen.words
+    assert "Reserved at most 25.00 GiB" in seen.words
+    assert "rank 1, which ran out of memory" in seen.words
+
+
+def test_a_snapshot_as_a_page_from_its_own_command(tmp_path: Path) -> None:
+    made = Made()
+    made.there_before(64 * MIB)
+    made.free(made.alloc(MIB, FORWARD), MAIN)
+    made.save(tmp_path / "gpu.pickle")
+    result = CliRunner().invoke(app, ["snapshot", str(tmp_path / "gpu.pickle"), "--html", str(tmp_path / "a.html")])
+    assert result.exit_code == 0
+    assert "Peak 65.00 MiB in" in Text((tmp_path / "a.html").read_text(encoding="utf-8")).words
 
 
 def test_a_run_of_which_nothing_was_traced(tmp_path: Path) -> None:
