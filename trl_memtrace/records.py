@@ -432,9 +432,7 @@ class RunTrace:
         Raises:
             RecordError: there is no record, it is of a newer schema, or it is something else altogether.
         """
-        folder = Path(path)
-        places = (folder, folder / record_name(rank), folder / "memtrace" / record_name(rank))
-        file = next((place for place in places if os.path.isfile(place)), None)
+        file = find_record(path, rank)
         if file is None:
             raise RecordError(
                 f"no record at {path}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace) or one of its files"
@@ -467,7 +465,7 @@ class RunTrace:
                 data = json.loads(line)
                 kind = data["record"]
                 if kind == "run":
-                    _check_schema(data)
+                    check_schema(data)
                     run.header, run.failure = RunHeader.from_json(data), None
                     seen_header, resumed = True, seen_header
                 elif kind == "step":
@@ -489,7 +487,12 @@ class RunTrace:
         return run
 
 
-def _check_schema(data: Mapping[str, Any]) -> None:
+def check_schema(data: Mapping[str, Any]) -> None:
+    """Refuse what was written by a newer version.
+
+    Raises:
+        RecordError: it was, or there is no schema at all.
+    """
     schema = data.get("schema")
     if not isinstance(schema, int):
         raise RecordError("its run line has no schema: this is not a MemTrace record")
@@ -517,6 +520,14 @@ RECORD_NAME = re.compile(r"rank-(\d+)\.jsonl")
 def record_name(rank: int) -> str:
     """The file that a process writes: ``rank-00000.jsonl``."""
     return f"rank-{rank:05d}.jsonl"
+
+
+def find_record(path: str | os.PathLike[str], rank: int = 0) -> Path | None:
+    """The record's file where a path is that file, the folder that holds it, or that folder's parent; None where none
+    is."""
+    folder = Path(path)
+    places = (folder, folder / record_name(rank), folder / "memtrace" / record_name(rank))
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def dump_line(data: Mapping[str, Any]) -> str:

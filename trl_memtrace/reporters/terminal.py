@@ -57,9 +57,9 @@ def print_summary(
         page: where its HTML report is.
     """
     console = console or Console()
-    _print(render_summary(summary, path, console.width, page), console)
+    print_plainly(render_summary(summary, path, console.width, page), console)
     if beyond:
-        _print(Padding(_beyond_table(beyond), (0, 1, 1, 1)), console)
+        print_plainly(Padding(_beyond_table(beyond), (0, 1, 1, 1)), console)
 
 
 def _beyond_table(lines: Sequence[Line]) -> Table:
@@ -87,10 +87,10 @@ def render_summary(
 
 def print_failure(failure: FailureRecord, console: Console | None = None) -> None:
     """Print what held the memory when training failed, and what would have helped."""
-    _print(Padding(Group(*_failure_parts(failure)), (0, 1, 1, 1)), console)
+    print_plainly(Padding(Group(*_failure_parts(failure)), (0, 1, 1, 1)), console)
 
 
-def _print(what: RenderableType, console: Console | None) -> None:
+def print_plainly(what: RenderableType, console: Console | None) -> None:
     """Print, on a terminal without Unicode with what ASCII has for it."""
     console = console or Console()
     if console.encoding.lower().startswith("utf"):

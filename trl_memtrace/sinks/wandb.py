@@ -16,6 +16,12 @@ from .metrics import PREFIX, failure_metrics, module_rows, step_metrics, summary
 GLOBAL_STEP = "train/global_step"
 """What the Trainer's own W&B callback uses as x axis."""
 
+MODULES = f"{PREFIX}modules"
+"""The table of what every module held at the peak."""
+
+TIMELINE = f"{PREFIX}timeline"
+"""The figure of the peak step."""
+
 
 class WandbSink(Sink):
     """Logs to the W&B run that the trainer has opened, whichever that is at the time; without one it does nothing.
@@ -57,7 +63,7 @@ class WandbSink(Sink):
         if run is not None:
             run.summary.update(summary_metrics(summary))
             if summary.peak.modules:
-                run.log({f"{PREFIX}modules": module_table(summary.peak)}, commit=False)
+                run.log({MODULES: module_table(summary.peak)}, commit=False)
             if self._record is not None:
                 run.log(dict(figures(self._record)), commit=False)
 
@@ -84,12 +90,12 @@ def figures(record: Path) -> Iterator[tuple[str, Any]]:
 
     step = StepBooks.of_record(record)
     drawings = {
-        "timeline": timeline_figure(step) if step is not None else None,
-        "steps": steps_figure(RunTrace.load(record).steps),
+        TIMELINE: timeline_figure(step) if step is not None else None,
+        f"{PREFIX}steps": steps_figure(RunTrace.load(record).steps),
     }
     for name, drawing in drawings.items():
         if drawing is not None:
-            yield f"{PREFIX}{name}", wandb.Plotly(plotly.graph_objects.Figure(drawing))
+            yield name, wandb.Plotly(plotly.graph_objects.Figure(drawing))
 
 
 def _active_run() -> Any:
