@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import wandb_file
 from transformers import TrainerCallback
 
-from trl_memtrace import MemTrace, MemtraceWarning
+import trl_memtrace
+from trl_memtrace import MemTrace, MemtraceWarning, RunTrace
 from trl_memtrace.sinks.metrics import step_metrics
 
 GIB = 1024**3
@@ -108,8 +115,73 @@ def test_a_disabled_run_or_another_run_already_active_costs_nothing(tmp_path, of
 
     monkeypatch.setenv("WANDB_MODE", mode)
     wandb.init(project="somebody-elses", mode=mode)
-    trainer = train(tmp_path, MemTrace(), report_to=["wandb"])
+    callback = MemTrace()
+    trainer = train(tmp_path, callback, report_to=["wandb"])
     assert len(tiny.losses(trainer)) == 5
+    assert_the_report_went_on(callback)
+
+
+def assert_the_report_went_on(callback) -> None:
+    assert len(callback.run) == 5
+    assert callback.path.with_name("report.html").is_file()
+    last = callback.path.read_text().splitlines()[-1]
+    assert json.loads(last)["record"] == "summary"
+
+
+def test_without_a_login_training_and_report_go_on(tmp_path, monkeypatch):
+    """Nobody has logged in and no run is open: there is nowhere to send to, and nothing is asked of the user."""
+    import wandb
+
+    wandb.finish()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda *args, **kwargs: pytest.fail("a login was asked for"))
+    monkeypatch.setattr(wandb, "init", lambda *args, **kwargs: pytest.fail("a run was opened"))
+    callback = MemTrace(report_to=["wandb"])
+    trainer = train(tmp_path, callback, report_to=[])
+    assert len(tiny.losses(trainer)) == 5
+    assert_the_report_went_on(callback)
+
+
+def test_a_run_that_is_finished_under_way_costs_nothing(tmp_path, offline_wandb):
+    import wandb
+
+    class Finishes(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                wandb.finish()
+
+    wandb.init(project="somebody-elses", mode="offline")
+    callback = MemTrace(report_to=["wandb"])
+    trainer = train(tmp_path, Finishes(), callback, report_to=[])
+    assert len(tiny.losses(trainer)) == 5
+    assert_the_report_went_on(callback)
+
+
+@pytest.mark.parametrize("fails", ["log", "config", "summary"])
+def test_a_run_without_a_network_is_let_go_with_one_warning(tmp_path, monkeypatch, fails):
+    """A W&B run whose every call ends as W&B's own does when its backend cannot be reached."""
+    import wandb
+    from wandb.errors import CommError
+
+    class Unreachable:
+        def log(self, *args, **kwargs):
+            if fails == "log":
+                raise CommError("network is unreachable")
+
+        def __getattr__(self, name):
+            if name == fails:
+                raise CommError("network is unreachable")
+            return SimpleNamespace(update=lambda *args, **kwargs: None)
+
+    wandb.finish()
+    monkeypatch.setattr(wandb, "run", Unreachable())
+    callback = MemTrace(report_to=["wandb"])
+    with pytest.warns(MemtraceWarning, match="WandbSink is switched off.*network is unreachable") as caught:
+        trainer = train(tmp_path, callback, report_to=[])
+    assert sum(issubclass(warning.category, MemtraceWarning) for warning in caught) == 1
+    assert len(tiny.losses(trainer)) == 5
+    assert_the_report_went_on(callback)
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path, monkeypatch):
@@ -133,22 +205,31 @@ def test_tensorboard_shows_the_same_numbers(tmp_path, monkeypatch):
 
 
 def test_trackio_shows_the_same_numbers(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
-    sent = []
-    real = trackio.log
-
-    def log(metrics, step=None):
-        sent.append(metrics)
-        return real(metrics, step)
-
-    monkeypatch.setattr(trackio, "log", log)
-    callback = MemTrace()
-    train(tmp_path, callback, report_to=["trackio"], project="memtrace-test")
-    ours = {row["train/global_step"]: row for row in sent if "memory/peak/total_gib" in row}
-    for step in callback.run:
-        if step.traced:
-            assert numbers_of(step).items() <= ours[step.step].items()
+    """Read back from the database that trackio itself wrote, with nothing of trackio's."""
+    pytest.importorskip("trackio")
+    # trackio reads its folder when it is imported, so it is in a process of its own
+    code = (
+        "import sys, tiny\n"
+        "from pathlib import Path\n"
+        "from trl_memtrace import MemTrace\n"
+        "trainer = tiny.trainer(Path(sys.argv[1]), max_steps=5, report_to=['trackio'], project='memtrace-test')\n"
+        "trainer.add_callback(MemTrace())\n"
+        "trainer.train()\n"
+    )
+    places = [str(Path(__file__).parent), str(Path(trl_memtrace.__file__).parent.parent)]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.pathsep.join(places)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment, check=True, capture_output=True)
+    (database,) = (tmp_path / "store").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as store:
+        rows = [json.loads(row[0]) for row in store.execute("SELECT metrics FROM metrics ORDER BY step")]
+    assert [row["train/global_step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5]
+    ours = {row["train/global_step"]: row for row in rows if "memory/peak/total_gib" in row}
+    traced = [step for step in RunTrace.load(tmp_path) if step.traced]
+    assert len(traced) >= 3
+    assert set(ours) == {step.step for step in traced}
+    for step in traced:
+        assert numbers_of(step).items() <= ours[step.step].items()
+        assert ours[step.step]["memory/peak/weights_gib"] == step.peak.categories["weights"] / GIB
 
 
 def test_every_other_reporter_gets_them_through_its_own_callback(tmp_path, monkeypatch):
