@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -142,6 +142,7 @@ def total(table: dict[str, dict[str, int]]) -> Counter[str]:
     return counted
 
 
+@settings(deadline=None)
 @given(tables, tables)
 def test_no_byte_is_lost_when_modules_are_brought_under_the_same_names(before: dict, after: dict) -> None:
     first, second = same_names(before, after)
@@ -152,6 +153,7 @@ def test_no_byte_is_lost_when_modules_are_brought_under_the_same_names(before: d
             assert not any(".".join(parts[:upto]) in other for upto in range(1, len(parts)))
 
 
+@settings(deadline=None)
 @given(tables, tables)
 def test_every_part_adds_up_to_the_growth_of_the_peak(before: dict, after: dict) -> None:
     sides = []

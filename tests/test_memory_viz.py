@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.cuda import _memory_viz
@@ -220,6 +220,7 @@ def step_of(ledger: Ledger) -> StepBooks:
     return StepBooks(1, books, ledger.level, Timeline([], []))
 
 
+@settings(deadline=None)
 @given(ledgers)
 def test_no_two_blocks_that_are_alive_together_overlap(ledger: Ledger) -> None:
     address, total = lay_out(ledger)
@@ -230,6 +231,7 @@ def test_no_two_blocks_that_are_alive_together_overlap(ledger: Ledger) -> None:
         assert not spans or spans[-1][0] + spans[-1][1] <= (1 << 30) + total
 
 
+@settings(deadline=None)
 @given(ledgers)
 def test_the_history_of_whatever_ledger_never_stands_higher_than_it(ledger: Ledger) -> None:
     moments = replayed(snapshot_of(step_of(ledger)))

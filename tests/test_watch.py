@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from test_comparison import FIRST, HOSTILE, SECOND, phase, step
@@ -51,6 +51,7 @@ def watched(content: bytes) -> LiveRun:
     return run
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 400), max_size=30))
 def test_however_the_file_grows_what_is_seen_is_what_is_in_it(tmp_path_factory, cuts: list[int]) -> None:
     file = tmp_path_factory.mktemp("tail") / "rank-00000.jsonl"
