@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import pickle
 import sys
@@ -183,6 +184,7 @@ def test_every_part_adds_up_to_the_growth_of_the_peak(before: dict, after: dict)
             {"l.q": 3},
             ({"l.q": 5}, {"l.q": 3}),
         ),
+        ({"base_model.model": 3, "base_model": 1, "": 2}, {"": 6}, ({"": 6}, {"": 6})),
         ({"l": 1}, {"m.n": 2}, ({"l": 1}, {"m.n": 2})),
         ({"": 1, "a.b": 5}, {"": 2}, ({"": 1, "a.b": 5}, {"": 2})),
     ],
@@ -338,3 +340,90 @@ def test_what_is_no_record_is_one_clear_line(tmp_path, monkeypatch, capsys, two,
 def test_a_record_that_is_not_there_is_one_clear_line(tmp_path, monkeypatch, capsys, two) -> None:
     assert run_main(monkeypatch, two[0], tmp_path / "nothing") == 2
     assert "no record at" in capsys.readouterr().err
+
+
+class Cells(html.parser.HTMLParser):
+    """The rows of all tables of a page, its whole text, and what it would fetch or run."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.fetched: list[tuple[str, str | None]] = []
+        self.tags: list[str] = []
+        self._skipped = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._skipped += tag in ("style", "script")
+        for name, value in attributes:
+            if name in ("src", "href") and not (value or "").startswith(("#", "data:")):
+                self.fetched.append((tag, value))
+            assert not name.startswith("on")
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td") and self.rows:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skipped -= tag in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipped:
+            self.text += data
+            if self.rows and self.rows[-1]:
+                self.rows[-1][-1] += data.replace("\xa0", " ").rstrip("\n")
+
+
+def page_of(file: Path, *paths: Path, **options: str) -> Cells:
+    more = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = run(*paths, "--html", file, *more)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return Cells(file.read_text(encoding="utf-8"))
+
+
+def test_the_page_says_what_the_terminal_says_and_stands_alone(two: tuple[Path, Path], tmp_path: Path) -> None:
+    page = page_of(tmp_path / "new" / "diff.html", *two, fail_over="2%")
+    assert "The peak grew by 3.00 MiB (+17.6%): most of it activations, +4.00 MiB." in page.text
+    assert "more than the 2% allowed" in page.text
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 5}
+    assert rows["activations"] == ["2.00 MiB", "6.00 MiB", "+4.00 MiB", "+200.0%"]
+    assert rows["model.a"] == ["12.00 MiB", "16.00 MiB", "+4.00 MiB", "+33.3%"]
+    assert rows["optimizer"] == ["-", "1.00 MiB", "+1.00 MiB", "new"]
+    assert rows["(no module)"][2] == "-1.00 MiB"
+    assert "communication" not in rows  # neither has any
+    assert page.fetched == []
+    assert "script" not in page.tags
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["diff.html"]
+
+
+def test_text_from_outside_stays_text(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script><img src=x onerror=y>\x1b[2J"
+    record = step(1, {hostile: {"weights": 5 * MIB}}, {hostile: phase(weights=5 * MIB)})
+    record["peak"]["roles"] = {f"weights/{hostile}": 5 * MIB}
+    evil = write(tmp_path / "<i>\x1b[2J.jsonl", record)
+    for paths in ((evil, write(tmp_path / "b.jsonl", FIRST)), (write(tmp_path / "b.jsonl", FIRST), evil)):
+        page = page_of(tmp_path / "diff.html", *paths)
+        assert not {"script", "img", "i"} & set(page.tags)
+        assert page.text.count("<script>alert(1)</script><img src=x onerror=y>\\x1b[2J") >= 3
+        assert "\x1b" not in page.text
+
+
+def test_a_page_of_many_modules_names_those_that_changed_most(tmp_path: Path) -> None:
+    many = step(1, {f"m.{number}": {"weights": number + 1} for number in range(300)}, {})
+    page = page_of(
+        tmp_path / "diff.html", write(tmp_path / "a.jsonl", step(1, {}, {})), write(tmp_path / "b.jsonl", many)
+    )
+    named = [row for row in page.rows if row[0].startswith("m.")]
+    assert [row[0] for row in named] == [f"m.{number}" for number in range(299, 239, -1)]
+    (rest,) = (row for row in page.rows if row[0] == "240 more")
+    assert rest[3] == f"+{sum(range(1, 241)) / 1024:.2f} KiB"
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_line(two, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert run_main(monkeypatch, *two, "--html", tmp_path / "file" / "diff.html") == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert "cannot write" in told.err

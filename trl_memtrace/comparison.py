@@ -19,6 +19,7 @@ from .units import parse_bytes
 
 _PICKLE = b"\x80"
 _PEFT_PREFIX = "base_model.model."
+_PEFT_ROOTS = ("base_model", "base_model.model")
 
 Table = Mapping[str, Mapping[str, int]]
 """Bytes by name and category."""
@@ -259,7 +260,7 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _without_peft(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX)
+    return "" if name in _PEFT_ROOTS else name.removeprefix(_PEFT_PREFIX)
 
 
 def _renamed(table: Table, rename: Callable[[str], str]) -> dict[str, dict[str, int]]:

@@ -18,6 +18,10 @@ class RecordError(MemtraceError):
     """A record that cannot be read: missing, empty, damaged, foreign or of a newer schema."""
 
 
+class UnwritableError(MemtraceError):
+    """Something cannot be written where it should go."""
+
+
 def warn(message: str) -> None:
     """Warn of what is not measured. Where warnings are made errors, it is logged: a guest's warning never ends a
     run."""

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UnwritableError
+
 app = typer.Typer(add_completion=False)
 
 
@@ -21,6 +23,9 @@ def diff(
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Which process's record, where a run has several.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON object.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write it as a page that opens offline.")
+    ] = None,
 ) -> None:
     """What grew from A to B: by category, role, phase and module, the largest growth first.
 
@@ -40,5 +45,12 @@ def diff(
         from ..reporters.comparison_text import print_comparison
 
         print_comparison(comparison, tolerance)
+    if html is not None:
+        from ..reporters.comparison_html import write_comparison
+
+        try:
+            write_comparison(comparison, html, tolerance)
+        except OSError as problem:
+            raise UnwritableError(f"cannot write {html}: {problem.strerror or problem}") from None
     if over:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import MemtraceError
+from ..errors import MemtraceError, UnwritableError
 from ..text import printable
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ app = typer.Typer(add_completion=False)
 
 class NoBooksError(MemtraceError):
     """Every block of a step was asked for, and the record has only sums."""
-
-
-class UnwritableError(MemtraceError):
-    """The report cannot be written where it should go."""
 
 
 @app.command()

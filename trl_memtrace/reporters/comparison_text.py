@@ -44,7 +44,7 @@ def verdict(comparison: Comparison, tolerance: Tolerance) -> str:
 def _parts(comparison: Comparison, tolerance: Tolerance | None) -> Iterable[RenderableType]:
     yield _side("A", comparison.before)
     yield _side("B", comparison.after)
-    yield Text.assemble(("\n", ""), (_headline(comparison), "bold"))
+    yield Text.assemble(("\n", ""), (headline(comparison), "bold"))
     parts: list[tuple[str, Sequence[Change]]] = [
         ("category at the peak", [_in_words(change) for change in comparison.categories]),
         ("role", [_in_words(change) for change in comparison.roles]),
@@ -73,14 +73,15 @@ def _side(letter: str, side: Side) -> Text:
     return line
 
 
-def _headline(comparison: Comparison) -> str:
+def headline(comparison: Comparison) -> str:
+    """By how much the peak grew, and what most of that is, in a sentence."""
     peak = comparison.peak
     if not peak.growth_bytes:
         return f"The peak is the same: {format_bytes(peak.after_bytes)}."
     verb = "grew" if peak.growth_bytes > 0 else "shrank"
     changed = [change for change in comparison.categories if change.growth_bytes * peak.growth_bytes > 0]
     largest = max(changed, key=lambda change: abs(change.growth_bytes), default=peak)
-    part = f": most of it {_in_words(largest).name}, {_signed(largest.growth_bytes)}" if changed else ""
+    part = f": most of it {_in_words(largest).name}, {signed(largest.growth_bytes)}" if changed else ""
     return f"The peak {verb} by {_growth(peak).lstrip('+-')}{part}."
 
 
@@ -105,13 +106,13 @@ def _table(title: str, changes: Sequence[Change]) -> Table | None:
                 Text(printable(change.name) or "(no module)"),
                 _level(change.before_bytes),
                 _level(change.after_bytes),
-                Text(_signed(change.growth_bytes), style=style),
-                Text(_percent(change), style="dim"),
+                Text(signed(change.growth_bytes), style=style),
+                Text(percent(change), style="dim"),
             )
     left = [change for change in moved if change not in shown]
     if left:
         rest = sum(change.growth_bytes for change in left)
-        table.add_row(Text(f"{len(left)} more", style="dim"), "", "", Text(_signed(rest), style="dim"), "")
+        table.add_row(Text(f"{len(left)} more", style="dim"), "", "", Text(signed(rest), style="dim"), "")
     return table
 
 
@@ -119,11 +120,14 @@ def _level(size: int | None) -> str:
     return format_bytes(size) if size else _NOTHING
 
 
-def _signed(size: int) -> str:
-    return f"{'-' if size < 0 else '+'}{format_bytes(abs(size))}"
+def signed(size: int) -> str:
+    """``"+1.50 KiB"``."""
+    sign = "-" if size < 0 else "+" if size else ""
+    return f"{sign}{format_bytes(abs(size))}"
 
 
-def _percent(change: Change) -> str:
+def percent(change: Change) -> str:
+    """``"+12.3%"``, ``"17x"`` where it grew many times over, ``"new"`` where there was nothing."""
     ratio = change.growth_ratio
     if ratio is None:
         return "new" if change.after_bytes else ""
@@ -131,5 +135,5 @@ def _percent(change: Change) -> str:
 
 
 def _growth(change: Change) -> str:
-    percent = _percent(change)
-    return _signed(change.growth_bytes) + (f" ({percent})" if percent else "")
+    share = percent(change)
+    return signed(change.growth_bytes) + (f" ({share})" if share else "")

@@ -38,6 +38,7 @@ from .page import (
     size,
     swatch,
     table,
+    write_whole,
 )
 
 _MOST_STEPS = 200
@@ -62,15 +63,7 @@ def write_report(reading: Reading, path: str | os.PathLike[str]) -> Path:
         OSError: it cannot be written.
         PlotlyMissingError: plotly is not installed.
     """
-    text, target = render_report(reading), Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    return write_whole(render_report(reading), path)
 
 
 def render_report(reading: Reading) -> str:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,26 @@ def _readout(drawing: Figure, meta: Mapping[str, Any]) -> Markup:
         '<tbody>{}</tbody><tfoot><tr><th scope="row">total</th><td class="number" data-total>{:.2f}</td><td></td></tr>'
         '{}</tfoot></table><p class="said skip" aria-live="polite"></p></div>'
     ).format(meta["labels"][at] if not meta.get("home") else meta["home"], unit, join(rows), whole, join(others))
+
+
+# --- on disk -------------------------------------------------------------------------------------------------------
+
+
+def write_whole(text: str, path: str | os.PathLike[str]) -> Path:
+    """Write a page, whole or not at all; its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return target
 
 
 # --- what the page carries -----------------------------------------------------------------------------------------
