@@ -128,21 +128,22 @@ class Books:
     def categories_at(self, instant: int) -> dict[Category, int]:
         """Bytes of every category at an instant; they add up to ``ledger.level[instant]``."""
         totals = self.ledger.totals(self.category, len(CATEGORIES), instant)
-        return {category: int(total) for category, total in zip(CATEGORIES, totals, strict=True)}
+        return dict(zip(CATEGORIES, totals.tolist(), strict=True))
 
     def roles_at(self, instant: int) -> dict[str, int]:
         """Bytes of every role that holds any at an instant; they add up to the level too."""
         totals = self.ledger.totals(self.role, len(self.roles), instant)
-        return {name: int(total) for name, total in zip(self.roles, totals, strict=True) if total}
+        return {name: total for name, total in zip(self.roles, totals.tolist(), strict=True) if total}
 
     def modules_at(self, instant: int) -> dict[str, dict[Category, int]]:
         """Bytes of every module by category at an instant; what belongs to none stands under ``""``."""
         codes = self.module * len(CATEGORIES) + self.category
         totals = self.ledger.totals(codes, len(self.modules) * len(CATEGORIES), instant)
         table: dict[str, dict[Category, int]] = {}
-        for code in np.flatnonzero(totals):
-            module, category = divmod(int(code), len(CATEGORIES))
-            table.setdefault(self.modules[module], {})[CATEGORIES[category]] = int(totals[code])
+        codes = np.flatnonzero(totals)
+        for code, total in zip(codes.tolist(), totals[codes].tolist(), strict=True):
+            module, category = divmod(code, len(CATEGORIES))
+            table.setdefault(self.modules[module], {})[CATEGORIES[category]] = total
         return table
 
     def peak(self, spans: Iterable[Span]) -> int:
@@ -301,10 +302,12 @@ def fold_modules(table: Mapping[str, Mapping[Category, int]], limit: int) -> dic
         limit: how many modules to keep, at least 1.
     """
     folded = {name: dict(row) for name, row in table.items()}
+    named = len(folded) - (ROOT_MODULE in folded)
+    if named <= limit:
+        return folded
     parts = Counter(above for name in folded for above in _ancestors(name))
     heap = [(sum(row.values()), name) for name, row in folded.items() if name != ROOT_MODULE and not parts[name]]
     heapq.heapify(heap)
-    named = len(folded) - (ROOT_MODULE in folded)
     while named > limit:
         _, name = heapq.heappop(heap)
         parent = name.rpartition(".")[0]

@@ -53,7 +53,7 @@ class Events:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """Blocks of memory with their lifetimes, and the level of the whole at every instant.
+    """Blocks of memory with their lifetimes, in order of birth, and the level of the whole at every instant.
 
     Attributes:
         time_ns: ``(N,)`` times of the events.
@@ -87,37 +87,37 @@ class Ledger:
         base_address, base_size = _column(baseline_address), _column(baseline_size)
         held = len(base_address)
         address = np.concatenate([base_address, events.address])
+        size = np.concatenate([base_size, events.size])
+        is_alloc = size >= 0
+        is_alloc[:held] = True
         # Rows of a baseline block come before every event; the stable sort keeps each address's rows in time's order.
         order = np.argsort(address, kind="stable")
-        is_alloc = np.concatenate([np.ones(held, np.bool_), events.size >= 0])[order]
+        in_order = address[order]
         same_as_next = np.zeros(len(order), np.bool_)
-        if len(order):
-            same_as_next[:-1] = address[order][:-1] == address[order][1:]
-        follows_alloc = np.zeros(len(order), np.bool_)
-        follows_alloc[1:] = same_as_next[:-1] & is_alloc[:-1]
+        np.equal(in_order[:-1], in_order[1:], out=same_as_next[:-1])
+        died = np.full(len(order), NEVER, np.int64)  # by row: the instant just after the next row at its address
+        ends = np.flatnonzero(same_as_next)
+        died[order[ends]] = order[ends + 1] - (held - 1)
 
-        instant = order - held + 1  # the instant just after the row's event
-        died_sorted = np.where(same_as_next, np.roll(instant, -1), NEVER)
         rows = np.flatnonzero(is_alloc)
-        born = np.maximum(instant[rows], 0)
-        by_birth = np.argsort(order[rows], kind="stable")
-        rows, born = rows[by_birth], born[by_birth]
-        size = np.concatenate([base_size, events.size])[order[rows]]
-        died = died_sorted[rows]
-
+        born = np.maximum(rows - (held - 1), 0)
+        died, size = died[rows], size[rows]
         change = np.zeros(len(events) + 1, np.int64)
-        np.add.at(change, born, size)
+        change[0] = size[:held].sum()
+        change[born[held:]] = size[held:]
         ended = died != NEVER
-        np.subtract.at(change, died[ended], size[ended])
-        strays = order[~is_alloc & ~follows_alloc] - held
+        change[died[ended]] -= size[ended]  # an event ends one block at most
+
+        follows_alloc = np.zeros(len(order), np.bool_)
+        follows_alloc[order[ends + 1]] = is_alloc[order[ends]]
         return cls(
             time_ns=events.time_ns,
-            address=address[order[rows]],
+            address=address[rows],
             size=size,
             born=born,
             died=died,
             level=np.cumsum(change),
-            strays=np.sort(strays),
+            strays=np.flatnonzero(~is_alloc & ~follows_alloc) - held,
         )
 
     def alive(self, instant: int) -> BoolArray:
@@ -134,10 +134,13 @@ class Ledger:
         found = np.full(len(wanted), -1, np.int64)
         if not len(self.address) or not len(wanted):
             return found
-        order = np.lexsort((self.born, self.address))
+        order = np.argsort(self.address, kind="stable")  # and by birth within an address, as the blocks are
         sorted_address, sorted_born = self.address[order], self.born[order]
         # Rank of an address, then births within it, as one key: the last block at an address born by then.
-        distinct, first, rank = np.unique(sorted_address, return_index=True, return_inverse=True)
+        is_first = np.ones(len(order), np.bool_)
+        np.not_equal(sorted_address[1:], sorted_address[:-1], out=is_first[1:])
+        first, rank = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+        distinct = sorted_address[first]
         span = len(self.level) + 1
         keys = rank * span + sorted_born
         wanted_rank = np.searchsorted(distinct, wanted, side="right") - 1

@@ -14,9 +14,9 @@ import os
 import threading
 import time
 import weakref
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,14 @@ from torch._C._profiler import (
 )
 from torch.autograd import profiler as _torch_profiler
 
-from ..ledger import Events
+from ..ledger import Events, Int64Array
 from . import Recorder, RecorderBusyError, Recording
 
 _KINETO_LOG_LEVEL = "KINETO_LOG_LEVEL"
 _SILENT = "6"  # Kineto prints "USDT: profiler_start" and "profiler_stop" at level 5 for every recording
 _CPP_WARNING, _CPP_ERROR = 1, 2
 _CPU_DEVICE = torch.device("cpu")
+_ALLOCATION_FIELDS = attrgetter("ptr"), attrgetter("alloc_size"), attrgetter("total_allocated")
 
 
 _one_at_a_time = threading.Lock()
@@ -248,29 +249,34 @@ class CpuRecorder(Recorder):
         return self._thread == threading.get_ident() and not self._given_way
 
 
-def _allocations(tree: Iterable[Any], mixed: bool) -> array[int]:
-    """Rows of (time_ns, address, signed size, allocator's total) from the profiler's event tree; where it is mixed,
-    that of the CPU."""
-    rows = array("q")
+def _allocations(tree: Iterable[Any], mixed: bool) -> Int64Array:
+    """``(N, 4)`` rows of time_ns, address, signed size, allocator's total from the profiler's event tree; where it is
+    mixed, that of the CPU. Each look at an event makes objects, so that no field is read twice."""
+    times: list[int] = []
+    found: list[Any] = []
     pending = [tree]
     while pending:
         for event in pending.pop():
             fields = event.extra_fields
-            if type(fields) is _ExtraFields_Allocation:
-                if fields.alloc_size and not (mixed and fields.device != _CPU_DEVICE):
-                    rows.extend((event.start_time_ns, fields.ptr, fields.alloc_size, fields.total_allocated))
-            else:
+            if type(fields) is not _ExtraFields_Allocation:
                 pending.append(event.children)
-    return rows
+            elif not (mixed and fields.device != _CPU_DEVICE):
+                times.append(event.start_time_ns)
+                found.append(fields)
+    table = np.empty((len(found), 4), np.int64)
+    table[:, 0] = times
+    for column, field in enumerate(_ALLOCATION_FIELDS, start=1):
+        table[:, column] = np.fromiter(map(field, found), np.int64, len(found))
+    return table[table[:, 2] != 0]
 
 
-def _recording(rows: array[int], ended: list[tuple[int, int]]) -> Recording:
-    table = np.frombuffer(rows, np.int64).reshape(-1, 4) if rows else np.empty((0, 4), np.int64)
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    time_ns, address, size, total = table.T
+def _recording(table: Int64Array, ended: list[tuple[int, int]]) -> Recording:
+    time_ns, address, size, total = table[np.argsort(table[:, 0], kind="stable")].T
     reported = size.copy()
     reported[1:] = np.diff(total)
     place, silent = _unreported(address, size, time_ns, ended)
+    if not silent:
+        return Recording(Events.of(time_ns, address, size), reported)
     events = Events.of(
         np.insert(time_ns, place, [when for when, _ in silent]),
         np.insert(address, place, [where for _, where in silent]),
@@ -280,12 +286,13 @@ def _recording(rows: array[int], ended: list[tuple[int, int]]) -> Recording:
 
 
 def _unreported(
-    address: Any, size: Any, time_ns: Any, ended: list[tuple[int, int]]
+    address: Int64Array, size: Int64Array, time_ns: Int64Array, ended: list[tuple[int, int]]
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Where to put the frees that the profiler kept quiet about: those of storages older than the recording."""
-    first_event: dict[int, int] = {}
-    for place in range(len(address) - 1, -1, -1):
-        first_event[int(address[place])] = place
+    if not ended:
+        return [], []
+    seen, seen_first = np.unique(address, return_index=True)
+    first_event = dict(zip(seen.tolist(), seen_first.tolist(), strict=True))
     frees: dict[int, tuple[int, int, int]] = {}
     for when, where in sorted(ended):
         first = first_event.get(where, len(address))
