@@ -1,8 +1,10 @@
 """What watching costs: step times with MemTrace against none, torch.profiler with memory, and PyTorch's MemTracker.
 
 All contenders take turns in one process, a step each, so that a machine that speeds up or slows down meets them alike.
-Printed are the medians of the steps, their ratios to the plain ones, and, for MemTrace by default, the mean over all
-its steps, traced and counted.
+Printed are the medians of the steps and their ratios to the plain ones; the median and the quartiles of the ratios of
+steps of the same round, which say most on a machine that is not quiet; and the ratio of the means, which for MemTrace
+by default is over all its steps, traced and counted. MemoryTracer is measured, which hands over each record as its
+step ends; what the trackers of a trainer do with it is not in these times.
 
     python benchmarks/overhead.py                 # a 5 ms step and a 250 ms step
     python benchmarks/overhead.py --seconds 60 --json
@@ -100,12 +102,13 @@ CONTENDERS: dict[str, Callable[[Training], Callable[[], None]]] = {
 
 
 def measure(shape: dict[str, int], steps: int) -> dict[str, dict[str, float]]:
-    """Seconds a step for each contender: the median, and the ratios of medians and of means to the plain one."""
+    """For each contender the milliseconds of the median step, and the ratios to the plain one: of medians, of means,
+    and of the steps of one round (their median and quartiles)."""
     runs = {name: make(Training(**shape)) for name, make in CONTENDERS.items()}
     for step in runs.values():
         for _ in range(WARM_UP):
             step()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, dict[int, float]] = {name: {} for name in runs}  # by round
     names = list(runs)
     for number in range(steps):
         for name in names[number % len(names) :] + names[: number % len(names)]:
@@ -113,15 +116,20 @@ def measure(shape: dict[str, int], steps: int) -> dict[str, dict[str, float]]:
                 continue
             began = time.perf_counter()
             runs[name]()
-            times[name].append(time.perf_counter() - began)
-    plain_times = times["plain"]
+            times[name][number] = time.perf_counter() - began
+    return {name: compare(taken, times["plain"]) for name, taken in times.items()}
+
+
+def compare(taken: dict[int, float], plain: dict[int, float]) -> dict[str, float]:
+    """One contender's times against the plain ones, both by round."""
+    low, middle, high = statistics.quantiles((seconds / plain[number] for number, seconds in taken.items()), n=4)
     return {
-        name: {
-            "median_ms": statistics.median(taken) * 1e3,
-            "ratio_of_medians": statistics.median(taken) / statistics.median(plain_times),
-            "ratio_of_means": statistics.fmean(taken) / statistics.fmean(plain_times),
-        }
-        for name, taken in times.items()
+        "median_ms": statistics.median(taken.values()) * 1e3,
+        "ratio_of_medians": statistics.median(taken.values()) / statistics.median(plain.values()),
+        "ratio_of_pairs": middle,
+        "ratio_of_pairs_low": low,
+        "ratio_of_pairs_high": high,
+        "ratio_of_means": statistics.fmean(taken.values()) / statistics.fmean(plain.values()),
     }
 
 
@@ -141,11 +149,13 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, rows in results.items():
-        print(f"\na step of about {name}{'':<18}median     ratio of medians   ratio of means")
+        heading = f"{'median':>11} {'of medians':>12} {'of pairs (quartiles)':>26} {'of means':>10}"
+        print(f"\na step of about {name:<16}{heading}")
         for contender, row in rows.items():
             print(
-                f"  {contender:<32}{row['median_ms']:8.2f} ms {row['ratio_of_medians']:14.3f}x"
-                f" {row['ratio_of_means']:15.3f}x"
+                f"  {contender:<30}{row['median_ms']:8.2f} ms {row['ratio_of_medians']:11.3f}x"
+                f" {row['ratio_of_pairs']:10.3f}x ({row['ratio_of_pairs_low']:.3f}-{row['ratio_of_pairs_high']:.3f})"
+                f" {row['ratio_of_means']:9.3f}x"
             )
 
 

@@ -267,7 +267,8 @@ def _allocations(tree: Iterable[Any], mixed: bool) -> Int64Array:
     table[:, 0] = times
     for column, field in enumerate(_ALLOCATION_FIELDS, start=1):
         table[:, column] = np.fromiter(map(field, found), np.int64, len(found))
-    return table[table[:, 2] != 0]
+    changes: Int64Array = table[table[:, 2] != 0]
+    return changes
 
 
 def _recording(table: Int64Array, ended: list[tuple[int, int]]) -> Recording:
