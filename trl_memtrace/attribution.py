@@ -19,6 +19,9 @@ from .ledger import NEVER, Int64Array, Ledger
 NO_MODULE = -1
 """The module number of an allocation made outside every module's forward."""
 
+NOWHERE = -(1 << 60)
+"""From here down are the addresses of storages that are known to be there, and how large, but not where."""
+
 ROOT_MODULE = ""
 """The name under which stands what belongs to no module in particular."""
 
@@ -83,6 +86,8 @@ class Timeline:
         module: ``(M,)`` its number in ``module_names``, or ``NO_MODULE``.
         module_names: the modules' names, as ``named_modules`` gives them.
         activation_roles: for each of ``module_names``, what its activations are (``attention``, ``mlp``, ...).
+        transfer_ns: ``(T,)`` when the innermost running transfer between ranks changed.
+        transfer: ``(T,)`` what it allocates (``gathered_weights``, ``reduce_scatter``, ...), None outside all.
     """
 
     phase_ns: Sequence[int]
@@ -91,6 +96,8 @@ class Timeline:
     module: Sequence[int] = ()
     module_names: Sequence[str] = ()
     activation_roles: Sequence[str] = ()
+    transfer_ns: Sequence[int] = ()
+    transfer: Sequence[str | None] = ()
 
     def followed_by(self, phase: Phase, time_ns: int) -> Timeline:
         """The timeline up to a time, and a phase from there on."""
@@ -202,12 +209,13 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: 
     1. It was claimed at any time in its life: the claim's category, weights before gradients before optimizer states
        before inputs before all else; of equals the last.
     2. There before the recording: unattributed.
-    3. Born in the backward inside a module's forward (checkpointing runs it again) and outliving that forward:
+    3. Born in a transfer between ranks: communication.
+    4. Born in the backward inside a module's forward (checkpointing runs it again) and outliving that forward:
        activations, with the role ``recomputed``.
-    4. Born outside backward and optimizer, and alive when the next backward began: activations.
-    5. Dead by the end of the recording, or the recording was cut short by an exception: temporaries of its birth
+    5. Born outside backward and optimizer, and alive when the next backward began: activations.
+    6. Dead by the end of the recording, or the recording was cut short by an exception: temporaries of its birth
        phase.
-    6. Else unattributed.
+    7. Else unattributed.
     """
     roles, modules = _Names(), _Names()
     modules[ROOT_MODULE]
@@ -243,6 +251,7 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: 
     role_code[recomputed] = roles[role(Category.ACTIVATIONS, "recomputed")]
     phase_role = np.array([roles[role(Category.TEMPORARIES, phase.value)] for phase in PHASES], np.int64)
     role_code[temporary] = phase_role[born_phase[temporary]]
+    _apply_transfers(ledger, timeline, category, role_code, roles)
 
     _apply_claims(ledger, claims, category, role_code, module, roles, modules)
     return Books(ledger, spans, category, role_code, module, tuple(roles.numbers), tuple(modules.numbers))
@@ -264,6 +273,25 @@ def _births(ledger: Ledger, spans: Sequence[Span], timeline: Timeline) -> tuple[
     outermost_ends = changes[running[:-1] == NO_MODULE]
     until = np.append(outermost_ends, len(ledger.level) - 1)[np.searchsorted(outermost_ends, ledger.born, side="left")]
     return born_phase, born_module, until
+
+
+def in_transfer(ledger: Ledger, timeline: Timeline) -> Int64Array:
+    """For every block the place in ``timeline.transfer`` of the transfer it was born in, ``-1`` where in none."""
+    changes = ledger.instants(timeline.transfer_ns)
+    place = np.searchsorted(changes, ledger.born, side="left") - 1
+    outside = np.array([kind is None for kind in [*timeline.transfer, None]], np.bool_)
+    return np.where(outside[place] | (ledger.born == 0), -1, place)
+
+
+def _apply_transfers(
+    ledger: Ledger, timeline: Timeline, category: Int64Array, role_code: Int64Array, roles: _Names
+) -> None:
+    """What was born in a transfer between ranks is communication."""
+    place = in_transfer(ledger, timeline)
+    moved = place >= 0
+    category[moved] = CATEGORY_CODE[Category.COMMUNICATION]
+    details = [roles[role(Category.COMMUNICATION, kind)] if kind else -1 for kind in timeline.transfer]
+    role_code[moved] = np.array(details, np.int64)[place[moved]]
 
 
 def _apply_claims(

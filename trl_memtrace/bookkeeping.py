@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .attribution import Books, Claims, Owner, Span, Timeline, attribute, find_claimed, fold_modules
+from .attribution import (
+    NOWHERE,
+    Books,
+    Claims,
+    Owner,
+    Span,
+    Timeline,
+    attribute,
+    find_claimed,
+    fold_modules,
+    in_transfer,
+)
 from .categories import ROLE_SEPARATOR, Category, Phase, role
-from .ledger import Events, Int64Array, Ledger
+from .ledger import NEVER, Events, Int64Array, Ledger
 from .recorders import AnyRecording, Recording, Samples
 from .records import Peak, PhaseRecord, StepRecord, category_table
 
@@ -17,6 +29,8 @@ MAX_MODULES = 64
 
 MAX_NAMES = 8_000
 """How many characters their names may have together."""
+
+_UNSPLIT = 1 << 20
 
 MAX_ROLES = 40
 """How many roles a step's record names."""
@@ -37,13 +51,14 @@ def keep_books(
         the books, and ``(N + 1,)`` bytes at each instant by the allocator's own count.
     """
     if isinstance(recording, Recording):
-        ledger, allocator = _with_owners_baseline(recording, claims)
+        ledger, allocator = _with_owners_baseline(_with_lost_ends(recording, claims, timeline), claims)
         return attribute(ledger, claims, timeline, cut_short=cut_short), allocator
     if isinstance(recording, Samples):
         ledger, claims = _between_samples(recording, claims)
         books, end = attribute(ledger, claims, timeline, cut_short=cut_short), int(recording.level[-1])
     else:
         ledger = recording.ledger
+        claims = _with_buckets_found(ledger, claims)
         books, end = attribute(ledger, claims, timeline, cut_short=cut_short), recording.end_bytes
     allocator = ledger.level + (end - ledger.level[-1])
     if recording.peak_bytes is not None:
@@ -85,6 +100,50 @@ def _between_samples(samples: Samples, claims: Claims) -> tuple[Ledger, Claims]:
     return Ledger.of(events), Claims.of([*seen_claims, *nobody], [*claims.owners, owner])
 
 
+def _with_lost_ends(recording: Recording, claims: Claims, timeline: Timeline) -> Recording:
+    """What a process group allocates for itself in a transfer between ranks is freed by a thread of its own, unseen:
+    it ends with the transfer, unless somebody claims it."""
+    if not len(timeline.transfer_ns):
+        return recording
+    events = recording.events
+    ledger = Ledger.of(events)
+    claimed = find_claimed(ledger, claims)
+    lost = in_transfer(ledger, timeline) >= 0
+    lost[claimed[claimed >= 0]] = False
+    ended = np.flatnonzero(ledger.died != NEVER)
+    lost[ended[events.size[ledger.died[ended] - 1] < 0]] = False  # else its address was given out again
+    over = [when for when, kind in zip(timeline.transfer_ns, timeline.transfer, strict=True) if kind is None]
+    ends = np.append(ledger.instants(over), len(events))
+    end = ends[np.searchsorted(ends, ledger.born, side="left")]
+    rows = np.flatnonzero(lost & (end < ledger.died))
+    rows = rows[np.argsort(end[rows], kind="stable")]
+    place, size = end[rows], -ledger.size[rows]
+    filled = Events.of(
+        np.insert(events.time_ns, place, events.time_ns[place - 1]),
+        np.insert(events.address, place, ledger.address[rows]),
+        np.insert(events.size, place, size),
+    )
+    return Recording(filled, np.insert(recording.reported, place, size))
+
+
+def _with_buckets_found(ledger: Ledger, claims: Claims) -> Claims:
+    """A storage of which only the size is known is the smallest block that it fits into, of those that were there
+    before and are nobody's; the allocator leaves up to a mebibyte at a block's end."""
+    nowhere = np.flatnonzero(claims.address <= NOWHERE)
+    if not len(nowhere):
+        return claims
+    found = find_claimed(ledger, claims)
+    free = ledger.born == 0
+    free[found[found >= 0]] = False
+    address = claims.address.copy()
+    for row in nowhere[np.argsort(-claims.size[nowhere], kind="stable")]:
+        fits = np.flatnonzero(free & (ledger.size >= claims.size[row]) & (ledger.size < claims.size[row] + _UNSPLIT))
+        if len(fits):
+            block = fits[np.argmin(ledger.size[fits])]
+            free[block], address[row] = False, ledger.address[block]
+    return replace(claims, address=address)
+
+
 def _with_owners_baseline(recording: Recording, claims: Claims) -> tuple[Ledger, Int64Array]:
     """What owners hold and no event made was there before the recording: it is the baseline."""
     ledger = Ledger.of(recording.events)
@@ -95,13 +154,14 @@ def _with_owners_baseline(recording: Recording, claims: Claims) -> tuple[Ledger,
     ledger = Ledger.of(recording.events, baseline.address, baseline.size)
     reported = recording.reported.copy()
     reported[ledger.strays] = 0
-    # The allocator never counted what is older than the recording: its end counts as the baseline's bytes.
-    older = (ledger.born == 0) & (ledger.died <= len(reported))
-    reported[ledger.died[older] - 1] = np.where(
-        recording.events.size[ledger.died[older] - 1] < 0,
-        -ledger.size[older],
-        reported[ledger.died[older] - 1] - ledger.size[older],
-    )
+    # The allocator never counted what is older than the recording: its end counts as the baseline's bytes. Nor did it
+    # see the end of what another thread freed, where the address was given out again.
+    ended = ledger.died <= len(reported)
+    older = ended & (ledger.born == 0)
+    size_then = recording.events.size[np.where(ended, ledger.died, 1) - 1] if len(reported) else ledger.size
+    replaced = ended & (size_then >= 0)
+    reported[ledger.died[older & ~replaced] - 1] = -ledger.size[older & ~replaced]
+    reported[ledger.died[replaced] - 1] -= ledger.size[replaced]
     allocator = int(ledger.level[0]) + np.concatenate([[0], np.cumsum(reported)])
     return ledger, allocator
 

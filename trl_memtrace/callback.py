@@ -138,6 +138,7 @@ class MemTrace(TrainerCallback):
             header=header,
             on_record=self._take,
             others=_other_models(trainer, model),
+            wrapper=getattr(trainer, "model_wrapped", None),
         )
         chosen = self._print_table
         self._table_wanted = state.is_world_process_zero and (not args.disable_tqdm if chosen is None else chosen)

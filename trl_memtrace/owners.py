@@ -11,13 +11,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .attribution import ROOT_MODULE, Owner
+from .attribution import NOWHERE, ROOT_MODULE, Owner
 from .categories import Category, role
+from .collectives import BUCKETS
+from .sharding import Held, Shards, local_tensor, module_name
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "config"}
 _PLAIN_TYPES = (str, bytes, int, float, complex, bool, type(None), nn.Module, torch.dtype, torch.device)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _MAX_DEPTH = 4
+
+_APART = 1 << 48
 
 Row = tuple[int, int, int, int]
 """time_ns, address, size, owner: a row of ``attribution.Claims``."""
@@ -34,7 +38,9 @@ def dense_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     elif is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield from dense_parts(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, torch.Tensor):  # a DTensor names its mesh too
+                yield from dense_parts(part)
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -64,10 +70,10 @@ def tensors_in(value: Any, depth: int = _MAX_DEPTH, *, any_object: bool = False)
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The torch optimizer inside wrappers such as accelerate's."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    return optimizer
+    """The torch optimizer inside wrappers: accelerate's, and DeepSpeed's, which are none of torch's."""
+    inner = getattr(optimizer, "optimizer", None)
+    found = inner_optimizer(inner) if inner is not None else None
+    return found if isinstance(found, torch.optim.Optimizer) else optimizer
 
 
 class Owners:
@@ -78,12 +84,18 @@ class Owners:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, device_type: str, others: Mapping[str, nn.Module] | None = None
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        device_type: str,
+        others: Mapping[str, nn.Module] | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
         self.owners: list[Owner] = []
         self._device_type = device_type
         self._numbers: dict[tuple[Category, str, str], int] = {}
         self._optimizer = inner_optimizer(optimizer)
+        self._shards = Shards(model, wrapper, optimizer)
         self._parameters: list[nn.Parameter] = []
         self._extras: list[tuple[torch.Tensor, int]] = []
         self._place: dict[int, tuple[str, str]] = {}  # by id of a parameter: its module's name, and what kind it is
@@ -95,13 +107,18 @@ class Owners:
         """Parameters, buffers, and what quantization keeps beside them."""
         for tensor, number in self._extras:  # first, since the last claim of equal trust stands
             yield from self._rows(time_ns, tensor, number)
+        gathered = self._shared(time_ns)
         for parameter in self._parameters:
-            yield from self._rows(time_ns, parameter, self._owner_of(Category.WEIGHTS, parameter))
+            rows = self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
+            yield from (found for found in rows if found[0][1] not in gathered)
+        yield from self._held(time_ns, Category.WEIGHTS)
 
     def gradients(self, time_ns: int) -> Iterator[Found]:
         """The ``.grad`` of every parameter that has one."""
+        buckets = self._shared(time_ns)
         for parameter in self._parameters:
-            yield from self.gradient(time_ns, parameter)
+            yield from (found for found in self.gradient(time_ns, parameter) if found[0][1] not in buckets)
+        yield from self._held(time_ns, Category.GRADIENTS)
 
     def used_up_in_backward(self) -> Iterator[nn.Parameter]:
         """Parameters whose gradient somebody's hook may take, and free, as soon as it is there."""
@@ -132,6 +149,26 @@ class Owners:
                     for tensor in tensors_in(value):
                         yield from self._rows(time_ns, tensor, number)
 
+        yield from self._held(time_ns, Category.OPTIMIZER_STATES)
+
+    def communication(self, time_ns: int) -> Iterator[Found]:
+        """Gathered parameters and buffers of collectives that are held now."""
+        yield from self._held(time_ns, Category.COMMUNICATION)
+
+    def buckets(self, time_ns: int) -> list[Row]:
+        """DDP's buckets: how large they are is known, not where."""
+        number = self._number(Category.COMMUNICATION, BUCKETS, ROOT_MODULE)
+        return [
+            (time_ns, NOWHERE - place * _APART, size, number)
+            for place, size in enumerate(self._shards.bucket_bytes())
+            if size
+        ]
+
+    def about_to_be_reduced(self, time_ns: int, subject: Any) -> Iterator[Found]:
+        """Gradients of whole parameters, just before FSDP reduces them to shards."""
+        for held in self._shards.unsharded_gradients(subject):
+            yield from self._found(time_ns, held)
+
     def inputs(self, time_ns: int, batch: Any) -> Iterator[Found]:
         """The tensors that the model is called with."""
         number = self._number(Category.INPUTS, "batch", ROOT_MODULE)
@@ -149,6 +186,18 @@ class Owners:
                     found.append(((time_ns, storage.data_ptr(), size, number), storage))
         return found
 
+    def _shared(self, time_ns: int) -> set[int]:
+        """The addresses of what is communication although parameters or gradients are views of it just now."""
+        return {row[1] for row, _ in self._held(time_ns, Category.COMMUNICATION)}
+
+    def _held(self, time_ns: int, category: Category) -> Iterator[Found]:
+        for held in self._shards.held():
+            if held.category is category:
+                yield from self._found(time_ns, held)
+
+    def _found(self, time_ns: int, held: Held) -> list[Found]:
+        return self._rows(time_ns, held.tensor, self._number(held.category, held.detail, held.module))
+
     def _owner_of(self, category: Category, parameter: nn.Parameter) -> int:
         module, kind = self._place[id(parameter)]
         return self._number(category, kind, module)
@@ -163,7 +212,9 @@ class Owners:
 
     def _walk(self, model: nn.Module) -> None:
         adapters: set[str] = set()
-        for name, module in model.named_modules():
+        sharded = self._shards.local_form()
+        for wrapped_name, module in model.named_modules():
+            name = module_name(wrapped_name)
             parent = name.rpartition(".")[0]
             adapter = name in adapters or parent in adapters or name.split(".", 1)[0] == "prompt_encoder"
             if adapter:
@@ -171,12 +222,14 @@ class Owners:
             # PEFT's tuner layers say themselves which of their attributes are the adapter's.
             for attribute in getattr(type(module), "adapter_layer_names", ()):
                 adapters.add(f"{name}.{attribute}" if name else attribute)
-            for parameter in module._parameters.values():
+            for present in module._parameters.values():
+                parameter = sharded.get(id(present), present)
                 if parameter is not None and id(parameter) not in self._place:
                     kind = "adapter" if adapter else "trainable" if parameter.requires_grad else "frozen"
                     self._place[id(parameter)] = name, kind
                     self._parameters.append(parameter)
-                    self._add_extras(name, "quant_state", vars(parameter))
+                    if type(parameter) not in _PLAIN_TENSORS:
+                        self._add_extras(name, "quant_state", vars(parameter))
             self._add_extras(name, "buffer", module._buffers)
             own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
             quantized = type(module).__module__.startswith("bitsandbytes")
@@ -220,7 +273,8 @@ def activation_roles(model: nn.Module) -> dict[str, str]:
     of, unless it is a norm or the head."""
     head = _output_head(model)
     roles: dict[str, str] = {}
-    for name, module in model.named_modules():
+    for wrapped_name, module in model.named_modules():
+        name = module_name(wrapped_name)
         holds_head = head is not None and any(child is head for child in module.children())
         own = activation_role(name, module, is_head=module is head or holds_head)
         inherited = roles.get(name.rpartition(".")[0], "other") if name else "other"

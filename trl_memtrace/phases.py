@@ -6,7 +6,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from torch import nn
 
 from .attribution import NO_MODULE, Timeline
 from .categories import Phase
+from .collectives import WHOLE_BACKWARD, WHOLE_STEP, CollectiveListener, collective_watch
 from .owners import activation_roles, inner_optimizer
+from .sharding import module_name
 
 COMPILED_CHILD = "_orig_mod"
 """The name under which what ``torch.compile`` returned holds the model it compiled."""
@@ -123,7 +125,7 @@ def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if COMPILED_CHILD not in module._modules:
             prefix = f"{name}." if name else ""
-            pending.extend((prefix + child, part) for child, part in module.named_children())
+            pending.extend((module_name(prefix + child), part) for child, part in module.named_children())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,7 @@ class PhaseWatch:
         on_inputs: called with (args, kwargs) when the model itself is called, outside backward.
         on_backward_end: called when a backward pass has ended.
         on_optimizer_begin, on_optimizer_end: called around ``optimizer.step``.
+        on_collective: told of transfers between ranks.
         clock: nanoseconds, as the recorder counts them.
     """
 
@@ -164,6 +167,7 @@ class PhaseWatch:
         on_backward_end: Callable[[], None],
         on_optimizer_begin: Callable[[], None],
         on_optimizer_end: Callable[[], None],
+        on_collective: CollectiveListener = does_nothing,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._model = model
@@ -172,11 +176,13 @@ class PhaseWatch:
         self._on_backward_end = on_backward_end
         self._on_optimizer_begin = on_optimizer_begin
         self._on_optimizer_end = on_optimizer_end
+        self._on_collective = on_collective
         self._clock = clock
         self._handles: list[Any] = []
         self._names: list[str] = []
         self._stack: list[int] = []
         self._backward_depth = 0
+        self._optimizer_depth = 0
         self._resting = Phase.IDLE  # what is under way between forward and backward: nothing, or the optimizer's step
         self.enter_root: Callable[..., None] = does_nothing
         """What the model's own pre-hook does; to be called where the hooks are installed as the model is being
@@ -187,6 +193,9 @@ class PhaseWatch:
         self._phases: list[Phase] = []
         self._module_ns: list[int] = []
         self._modules: list[int] = []
+        self._transfers: list[str] = []  # those under way, the innermost last
+        self._transfer_ns: list[int] = []
+        self._transfer: list[str | None] = []
 
     @property
     def sees_optimizer(self) -> bool:
@@ -209,6 +218,7 @@ class PhaseWatch:
         if not self._names:  # compiled as a whole: all until the backward is its forward
             self._enter(Phase.FORWARD)
         backward_watch.add(self._backward)
+        collective_watch.add(self._collective)
         if self.sees_optimizer:
             self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))
             self._handles.append(self._optimizer.register_step_post_hook(self._optimizer_end))
@@ -216,6 +226,7 @@ class PhaseWatch:
     def remove(self) -> None:
         """Take every hook away again."""
         backward_watch.remove(self._backward)
+        collective_watch.remove(self._collective)
         for handle in self._handles:
             with suppress(Exception):
                 handle.remove()
@@ -231,6 +242,8 @@ class PhaseWatch:
             module=self._modules,
             module_names=self._names,
             activation_roles=[known.get(name, "other") for name in self._names],
+            transfer_ns=self._transfer_ns,
+            transfer=self._transfer,
         )
 
     def _hook_module(self, number: int, name: str, module: nn.Module) -> None:
@@ -292,12 +305,34 @@ class PhaseWatch:
             self._on_backward_end()
             self._enter(Phase.FORWARD if self._stack else self._resting)
 
-    def _optimizer_begin(self, optimizer: Any, args: Sequence[Any], kwargs: Any) -> None:
-        self._on_optimizer_begin()
-        self._resting = Phase.OPTIMIZER
-        self._enter(Phase.OPTIMIZER)
+    def _collective(self, begins: bool, detail: str, subject: Any) -> None:
+        if detail == WHOLE_BACKWARD:
+            self._backward(begins)
+            return
+        if detail == WHOLE_STEP:
+            (self._optimizer_begin if begins else self._optimizer_end)(subject)
+            return
+        if begins:
+            self._on_collective(begins, detail, subject)
+            self._transfers.append(detail)
+        elif self._transfers:
+            self._transfers.pop()
+        self._transfer_ns.append(self._clock())
+        self._transfer.append(self._transfers[-1] if self._transfers else None)
+        if not begins:
+            self._on_collective(begins, detail, subject)
 
-    def _optimizer_end(self, optimizer: Any, args: Sequence[Any], kwargs: Any) -> None:
+    def _optimizer_begin(self, optimizer: Any, *_: Any) -> None:
+        self._on_optimizer_begin()
+        self._optimizer_depth += 1  # DeepSpeed steps its inner optimizer once for each group, in a step of its own
+        if self._optimizer_depth == 1:
+            self._resting = Phase.OPTIMIZER
+            self._enter(Phase.OPTIMIZER)
+
+    def _optimizer_end(self, optimizer: Any, *_: Any) -> None:
         self._on_optimizer_end()
-        self._resting = Phase.IDLE
-        self._enter(Phase.IDLE)
+        self._optimizer_depth -= 1
+        if self._optimizer_depth <= 0:
+            self._optimizer_depth = 0
+            self._resting = Phase.IDLE
+            self._enter(Phase.IDLE)

@@ -13,6 +13,7 @@ from .advice import suggest
 from .attribution import Claims
 from .bookkeeping import keep_books, last_allocation, peak_at, step_record
 from .categories import Phase
+from .collectives import BUCKETS
 from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
 from .listeners import tell
@@ -21,6 +22,7 @@ from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
 from .recorders.counters import AcceleratorCounters, CountersRecorder
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
+from .sharding import unwrapped
 from .step_books import StepBooks
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class MemoryTracer:
         header: what to say about the run in its record.
         others: further models that are kept in memory, such as a reference model, by name.
         on_record: called with every step's record; when not given the records are kept, in ``run``.
+        wrapper: what the model is called through, where that is not the model: DDP or a DeepSpeed engine.
 
     Known limits: only the thread that calls ``step`` is seen; modules inside a compiled model are not told apart.
     """
@@ -101,8 +104,10 @@ class MemoryTracer:
         header: RunHeader | None = None,
         others: Mapping[str, nn.Module] | None = None,
         on_record: Callable[[StepRecord], None] | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
-        self._model = model
+        self._wrapper = model if wrapper is None else wrapper
+        self._model = model = unwrapped(model)
         self._owned: nn.Module = model._modules.get(COMPILED_CHILD) or model
         self._optimizer = optimizer
         self._others = dict(others or {})
@@ -235,7 +240,7 @@ class MemoryTracer:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
-        del self._model, self._owned, self._optimizer, self._owners, self._others
+        del self._model, self._wrapper, self._owned, self._optimizer, self._owners, self._others
 
     def _start_window(self) -> None:
         if self._recorder is None or self._window is not None:
@@ -244,7 +249,9 @@ class MemoryTracer:
             if self._roles is None:
                 self._roles = activation_roles(self._owned)
             if self._owners is None or self._planned or not self._recorder.sees_every_step:
-                self._owners = Owners(self._owned, self._optimizer, self._recorder.device_type, self._others)
+                self._owners = Owners(
+                    self._owned, self._optimizer, self._recorder.device_type, self._others, self._wrapper
+                )
             window = _Window(self._model, self._optimizer, self._owners, self._recorder, self._fail)
             try:
                 window.open(detailed=self._planned or not self._recorder.sees_every_step)
@@ -394,6 +401,7 @@ class _Window:
         self._detailed = True
         self._remembers = not isinstance(recorder, CountersRecorder)  # else a claim holds only while it is repeated
         self._rows: list[Row] = []
+        self._buckets: list[Row] = []
         self._handles: list[Any] = []
         self.phases = PhaseWatch(
             model,
@@ -402,6 +410,7 @@ class _Window:
             on_backward_end=self._claim_gradients,
             on_optimizer_begin=self._claim_gradients,
             on_optimizer_end=self._claim_states,
+            on_collective=self._claim_collective,
             clock=recorder.clock,
         )
 
@@ -417,9 +426,11 @@ class _Window:
         self._detailed = detailed
         self._recorder.start()
         now = self._recorder.clock()
-        standing = (owners.weights, owners.gradients, owners.optimizer_states) if detailed else (owners.gradients,)
-        for source in standing:
+        everything = (owners.weights, owners.gradients, owners.optimizer_states, owners.communication)
+        for source in everything if detailed else (owners.gradients,):
             self._claim_standing(source(now))
+        self._buckets = owners.buckets(now)
+        self._rows.extend(self._buckets)
         self.phases.install(modules=detailed)
         for parameter in owners.used_up_in_backward():
             hooks: Any = parameter._post_accumulate_grad_hooks
@@ -438,6 +449,8 @@ class _Window:
             self._claim_states()
         if self._owners is not None and not (self._detailed and self._remembers):
             self._rows.extend(row for row, _ in self._owners.weights(self._recorder.clock()))
+        if self._owners is not None:
+            self._rows.extend(row for row, _ in self._owners.communication(self._recorder.clock()))
         self._unhook()
         recording = self._recorder.stop(failed)
         owners, self._owners = self._owners, None
@@ -486,6 +499,19 @@ class _Window:
         with self._safely():
             if self._owners is not None:
                 self._rows.extend(row for row, _ in self._owners.optimizer_states(self._recorder.clock()))
+
+    def _claim_collective(self, begins: bool, detail: str, subject: Any) -> None:
+        with self._safely():
+            if self._owners is None:
+                return
+            if begins:
+                rows = self._owners.about_to_be_reduced(self._recorder.clock(), subject)
+                self._rows.extend(row for row, _ in rows)
+            elif detail == BUCKETS and self._buckets:
+                now = self._owners.buckets(self._buckets[0][0])
+                if now != self._buckets:  # rebuilt: the new ones were born in the recording
+                    self._recorder.note_ended([address for _, address, _, _ in self._buckets])
+                    self._buckets = []
 
     @contextmanager
     def _safely(self) -> Iterator[None]:

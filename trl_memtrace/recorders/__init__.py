@@ -89,6 +89,11 @@ class Recorder(Protocol):
     def watch(self, storages: Iterable[Any]) -> None:
         """Look out for the end of storages that were there before the recording."""
 
+    def note_ended(self, addresses: Iterable[int]) -> None:
+        """What was there before the recording, and was claimed at these addresses, has just ended. A recorder that
+        sees the end of everything need not be told."""
+        return None
+
     def is_new_high(self) -> bool:
         """Whether the step under way has held more than any before, where ``sees_every_step``."""
 

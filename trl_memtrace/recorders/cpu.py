@@ -192,6 +192,10 @@ class CpuRecorder(Recorder):
         for storage in storages:
             self._watches.append(weakref.ref(storage, functools.partial(self._note_end, storage.data_ptr())))
 
+    def note_ended(self, addresses: Iterable[int]) -> None:
+        for address in addresses:
+            self._note_end(address, None)
+
     def is_new_high(self) -> bool:
         return False
 

@@ -63,7 +63,7 @@ def print_summary(
 
 
 def _beyond_table(lines: Sequence[Line]) -> Table:
-    table = _table()
+    table = quiet_table()
     table.add_column("the device at the end", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
@@ -127,7 +127,7 @@ def _failure_parts(failure: FailureRecord) -> Iterable[RenderableType]:
             " in pieces that did not fit."
         )
     if failure.suggestions:
-        table = _table()
+        table = quiet_table()
         table.add_column("would free up to", justify="right", no_wrap=True)
         table.add_column("what to do", overflow="fold")
         table.add_column("", overflow="fold")
@@ -166,7 +166,7 @@ def category_table(peak: Peak, phases: Mapping[str, PhaseRecord], width: int = 8
     def level(size: int | None) -> str:
         return _level(size, scale)
 
-    table = _table(show_footer=True)
+    table = quiet_table(show_footer=True)
     table.add_column(f"in {unit}", footer="total", no_wrap=True)
     table.add_column("peak", footer=level(peak.allocator_bytes), justify="right", no_wrap=True)
     table.add_column("share", footer=_share(peak.bytes, peak.bytes), justify="right", no_wrap=True)
@@ -194,7 +194,7 @@ def _module_table(peak: Peak) -> RenderableType:
     if not largest:
         return Text()
     unit, scale = common_unit(peak.bytes)
-    table = _table()
+    table = quiet_table()
     table.add_column("modules that hold most", overflow="fold")
     table.add_column(unit, justify="right", no_wrap=True)
     table.add_column("of which", overflow="fold")
@@ -223,7 +223,8 @@ def _notes(summary: Summary, path: Path | None, page: Path | None) -> Iterable[s
         yield f"Report: {printable(str(page))}"
 
 
-def _table(**options: Any) -> Table:
+def quiet_table(**options: Any) -> Table:
+    """A table with one rule, under its head."""
     return Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False, **options)
 
 
