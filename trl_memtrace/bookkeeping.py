@@ -19,7 +19,7 @@ from .attribution import (
     fold_modules,
     in_transfer,
 )
-from .categories import ROLE_SEPARATOR, Category, Phase, role
+from .categories import BUCKETS, ROLE_SEPARATOR, Category, Phase, role
 from .ledger import NEVER, Events, Int64Array, Ledger
 from .recorders import AnyRecording, Recording, Samples
 from .records import Peak, PhaseRecord, StepRecord, category_table
@@ -102,13 +102,14 @@ def _between_samples(samples: Samples, claims: Claims) -> tuple[Ledger, Claims]:
 
 def _with_lost_ends(recording: Recording, claims: Claims, timeline: Timeline) -> Recording:
     """What a process group allocates for itself in a transfer between ranks is freed by a thread of its own, unseen:
-    it ends with the transfer, unless somebody claims it."""
+    it ends with the transfer, unless somebody claims it. Buckets stay."""
     if not len(timeline.transfer_ns):
         return recording
     events = recording.events
     ledger = Ledger.of(events)
     claimed = find_claimed(ledger, claims)
-    lost = in_transfer(ledger, timeline) >= 0
+    passing = np.array([kind not in (None, BUCKETS) for kind in [*timeline.transfer, None]], np.bool_)
+    lost = passing[in_transfer(ledger, timeline)]
     lost[claimed[claimed >= 0]] = False
     ended = np.flatnonzero(ledger.died != NEVER)
     lost[ended[events.size[ledger.died[ended] - 1] < 0]] = False  # else its address was given out again

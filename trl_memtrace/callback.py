@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from .errors import warn
 from .phases import COMPILED_CHILD
+from .ranks import Ranks, wait_for_ends
 from .records import FailureRecord, Peak, RunTrace, StepRecord, Summary, record_name
 from .run_info import describe_run, look_beyond
 from .sinks import Sink
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _Event = TypeVar("_Event", bound=Callable[..., None])
 _FOLLOW_TRAINER = "trainer"
+_PATIENCE_SECONDS = 5.0
+"""How long rank 0 waits at the end for the last line of the others' records; not at all after a failure."""
+
 _active: weakref.WeakKeyDictionary[Any, MemTrace] = weakref.WeakKeyDictionary()
 """Which MemTrace watches which model."""
 
@@ -202,15 +206,21 @@ class MemTrace(TrainerCallback):
         summary, self._summary = self._summary, None
         beyond = look_beyond(summary)
         self._tell_sinks(lambda sink: sink.close(summary))
+        ranks = _all_ranks(summary, self._path, _PATIENCE_SECONDS if failure is None else 0.0)
+        if ranks is not None:
+            self._tell_sinks(lambda sink: sink.compare(ranks))
         wanted, path = self._table_wanted, self._path
         self._switch_off()
         page = _write_page(path.parent) if self._page_wanted and path is not None else None
         if wanted:
+            from .reporters.ranks_text import print_ranks
             from .reporters.terminal import print_failure, print_summary
 
             print_summary(summary, path, beyond=beyond, page=page)
             if failure is not None:
                 print_failure(failure)
+            if ranks is not None:
+                print_ranks(ranks)
 
     def _keep_books(self, books: StepBooks | None) -> None:
         if books is not None and self._path is not None:
@@ -268,6 +278,15 @@ def _write_page(folder: Path) -> Path | None:
         logger.debug("the report failed", exc_info=problem)
         warn(f"the HTML report is not written, the record is: {type(problem).__name__}: {problem}")
         return None
+
+
+def _all_ranks(summary: Summary, path: Path | None, patience_seconds: float) -> Ranks | None:
+    """On rank 0 of several, what the others have written: read from their folder, since to ask them could hang."""
+    trainer = summary.header.trainer
+    if path is None or trainer["rank"] != 0 or trainer["world_size"] < 2:
+        return None
+    wait_for_ends(path.parent, range(1, trainer["world_size"]), patience_seconds)
+    return Ranks.load(path.parent)
 
 
 def _tracker_sinks(

@@ -47,6 +47,9 @@ PHASE_CODE: dict[Phase, int] = {phase: code for code, phase in enumerate(PHASES)
 
 ROLE_SEPARATOR = "/"
 
+BUCKETS = "buckets"
+"""What gradients are reduced in: a role of communication."""
+
 
 def role(category: Category, detail: str) -> str:
     """A refinement of a category, as it stands in a record: ``weights/frozen``."""

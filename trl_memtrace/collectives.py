@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
+from .categories import BUCKETS
+
 GATHERED_WEIGHTS = "gathered_weights"
 ALL_GATHER = "all_gather"
 REDUCE_SCATTER = "reduce_scatter"
-BUCKETS = "buckets"
+BROADCAST = "broadcast"
 
 WHOLE_BACKWARD, WHOLE_STEP = "whole_backward", "whole_step"
 """No transfers, but phases: a backward with the reduction after it, a step with the gathering around it."""
@@ -51,6 +53,7 @@ _FSDP2 = "torch.distributed.fsdp._fully_shard._fsdp_param_group"
 _ZERO_2, _ZERO_3 = "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3"
 _PLACES = (
     _Place("torch.nn.parallel.distributed", "DistributedDataParallel._pre_forward", BUCKETS),
+    _Place("torch.nn.parallel.distributed", "DistributedDataParallel._sync_buffers", BROADCAST),
     _Place(_FSDP2, "FSDPParamGroup.unshard", ALL_GATHER),
     _Place(_FSDP2, "FSDPParamGroup.wait_for_unshard", GATHERED_WEIGHTS),
     _Place(_FSDP2, "FSDPParamGroup.post_backward", REDUCE_SCATTER),

@@ -12,8 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attribution import NOWHERE, ROOT_MODULE, Owner
-from .categories import Category, role
-from .collectives import BUCKETS
+from .categories import BUCKETS, Category, role
 from .sharding import Held, Shards, local_tensor, module_name
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "config"}
@@ -163,6 +162,11 @@ class Owners:
             for place, size in enumerate(self._shards.bucket_bytes())
             if size
         ]
+
+    @property
+    def buckets_rebuilt(self) -> bool:
+        """Whether DDP's buckets are no longer those that it began with."""
+        return self._shards.has_rebuilt
 
     def about_to_be_reduced(self, time_ns: int, subject: Any) -> Iterator[Found]:
         """Gradients of whole parameters, just before FSDP reduces them to shards."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from .categories import CATEGORIES
 from .errors import RecordError
-from .records import RunTrace, record_name
+from .records import RECORD_NAME, RunTrace, record_name
 
 SAME_START_SECONDS = 60.0
 """Ranks of one run begin together. A file that was begun so much earlier is an earlier run's."""
@@ -106,7 +106,9 @@ class Ranks:
             lines.append(f"Rank {rank} of {self.world_size} did not finish: its record ends {where}.")
         for rank, run in self.runs.items():
             if run.failure is not None:
-                lines.append(f"Rank {rank} of {self.world_size} failed in step {run.failure.step}: {run.failure.error}")
+                lines.append(
+                    f"Rank {rank} of {self.world_size} failed in step {run.failure.step}: {run.failure.error}"
+                )
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -124,24 +126,36 @@ class Ranks:
         """Read the records of all ranks.
 
         Args:
-            path: the folder that holds them (``<output_dir>/memtrace``, or ``output_dir``), or one of its files.
+            path: the folder that holds them: ``<output_dir>/memtrace``, or ``output_dir``.
 
         Raises:
-            RecordError: there is no record of rank 0, by which the others are known.
+            RecordError: there is no record that can be read.
         """
-        first = RunTrace.load(path)
-        folder = Path(path)
-        folder = folder.parent if folder.is_file() else folder
-        if not (folder / record_name(first.rank)).is_file():
-            folder = folder / "memtrace"
+        found: dict[int, RunTrace] = {}
+        problem = RecordError(f"no record at {path}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace)")
+        for file in record_files(path):
+            try:
+                run = RunTrace.load(file)
+            except RecordError as unreadable:
+                problem = unreadable
+            else:
+                found[run.rank] = run
+        if not found:
+            raise problem
+        first = found[min(found)]
         size = first.header.trainer.get("world_size")
-        world_size = max(size if isinstance(size, int) else 1, first.rank + 1)
-        runs = {first.rank: first}
-        for rank in range(world_size):
-            run = first if rank == first.rank else _load(folder / record_name(rank))
-            if run is not None and _same_run(run, first):
-                runs[rank] = run
-        return cls(world_size, dict(sorted(runs.items())))
+        runs = {rank: run for rank, run in found.items() if _same_run(run, first)}
+        return cls(max(size if isinstance(size, int) else 1, max(runs) + 1), runs)
+
+
+def record_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of all ranks in a folder, or in the ``memtrace`` inside it, in order."""
+    for folder in (Path(path), Path(path) / "memtrace"):
+        if os.path.isdir(folder):
+            files = sorted(file for file in folder.iterdir() if RECORD_NAME.fullmatch(file.name) and file.is_file())
+            if files:
+                return files
+    return []
 
 
 def wait_for_ends(folder: Path, ranks: Iterable[int], patience_seconds: float) -> None:
@@ -164,13 +178,6 @@ def _has_ended(file: Path) -> bool:
     except OSError:
         return False
     return tail.endswith(b"\n") and tail.rstrip(b"\n").rpartition(b"\n")[2].startswith(_END)
-
-
-def _load(file: Path) -> RunTrace | None:
-    try:
-        return RunTrace.load(file)
-    except RecordError:
-        return None
 
 
 def _same_run(run: RunTrace, first: RunTrace) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from .attribution import Timeline
 from .errors import RecordError
 from .frames import CallSite
-from .records import RECORD_NAME, Peak, RunTrace, Summary
+from .ranks import Ranks, record_files
+from .records import Peak, RunTrace, Summary, record_name
 from .snapshot_summary import SnapshotAnalysis
 from .step_books import StepBooks
 
@@ -101,13 +102,19 @@ def read(path: str | os.PathLike[str]) -> Reading:
 
         return of_snapshot(place, analyse(read_snapshot(place)))
     files = _record_files(place)
-    runs = _of_one_run([RunTrace.load(file) for file in files])
+    ranks = None if os.path.isfile(place) else Ranks.load(place)
+    if ranks is None:
+        runs = [RunTrace.load(file) for file in files]
+    else:  # without those that an earlier run has left behind
+        runs = list(ranks.runs.values())
+        files = [files[0].with_name(record_name(rank)) for rank in ranks.runs]
     summaries = [run.summary for run in runs]
     name = files[0].name if os.path.isfile(place) else _name_of(files[0].parent)
     reading = Reading(name, files[0].parent, runs, summaries)
-    warnings = [
+    warnings = ranks.notes() if ranks is not None and ranks.world_size > 1 else []
+    warnings += [
         f"{file.name}: damaged lines were passed over, {run.damaged_lines} of them"
-        for file, run in zip(files, runs, strict=False)
+        for file, run in zip(files, runs, strict=True)
         if run.damaged_lines
     ]
     try:
@@ -134,21 +141,13 @@ def of_snapshot(file: Path, analysis: SnapshotAnalysis) -> Reading:
 def _record_files(place: Path) -> list[Path]:
     if os.path.isfile(place):
         return [place]
-    for folder in (place, place / "memtrace"):
-        if os.path.isdir(folder):
-            files = sorted(file for file in folder.iterdir() if RECORD_NAME.fullmatch(file.name) and file.is_file())
-            if files:
-                return files
+    files = record_files(place)
+    if files:
+        return files
     raise RecordError(
         f"no record at {place}: give the folder that MemTrace wrote (OUTPUT_DIR/memtrace), one of its files, or a "
         "PyTorch memory snapshot"
     )
-
-
-def _of_one_run(runs: list[RunTrace]) -> list[RunTrace]:
-    """Without the records that an earlier run of more processes has left behind."""
-    size = runs[0].header.trainer.get("world_size")
-    return [run for run in runs if run.rank < size or run is runs[0]] if isinstance(size, int) else runs
 
 
 def _name_of(folder: Path) -> str:

@@ -390,6 +390,7 @@ class RunTrace:
     failure: FailureRecord | None = None
     context_bytes: int | None = None
     process_peak_bytes: int | None = None
+    finished: bool = False
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.steps)
@@ -466,7 +467,7 @@ class RunTrace:
                 kind = data["record"]
                 if kind == "run":
                     check_schema(data)
-                    run.header, run.failure = RunHeader.from_json(data), None
+                    run.header, run.failure, run.finished = RunHeader.from_json(data), None, False
                     seen_header, resumed = True, seen_header
                 elif kind == "step":
                     step = StepRecord.from_json(data)
@@ -477,6 +478,7 @@ class RunTrace:
                 elif kind in ("oom", "failure"):
                     run.failure = FailureRecord.from_json(data)
                 elif kind == "summary":  # steps tell all else
+                    run.finished = True
                     run.context_bytes = _integer_or_none(data.get("context_bytes"))
                     run.process_peak_bytes = _integer_or_none(data.get("process_peak_bytes"))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):

@@ -7,9 +7,11 @@ import importlib.metadata
 import logging
 import os
 import platform
+import time
 from typing import TYPE_CHECKING, Any
 
 from .records import RunHeader, Summary
+from .sharding import class_name, strategy, whole_parameters
 from .tracer import device_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _PACKAGES = (
     "accelerate",
     "datasets",
     "bitsandbytes",
+    "deepspeed",
     "wandb",
 )
 
@@ -77,6 +80,8 @@ def describe_run(args: Any, model: Any, trainer: Any = None, policy: dict[str, A
             "class": type(trainer).__name__ if trainer is not None else None,
             "world_size": args.world_size,
             "rank": args.process_index,
+            "strategy": strategy(model, getattr(trainer, "model_wrapped", None)),
+            "started": round(time.time(), 3),
             "policy": policy or {},
         },
         args={name: settings[name] for name in _SETTINGS if name in settings},
@@ -132,17 +137,18 @@ def look_beyond(summary: Summary) -> tuple[Line, ...]:
 
 
 def describe_model(model: Any) -> dict[str, Any]:
-    """Class, name, parameters and bytes, a shared parameter counted once, a quantized one by the elements that it
-    stores; and what it is made of, as ``trl-memtrace model --json`` says it."""
-    parameters = list(model.parameters())
+    """Class, name, parameters and bytes of the whole model, whatever part of it this rank holds, a shared parameter
+    counted once, a quantized one by the elements that it stores; and what it is made of, as ``trl-memtrace model
+    --json`` says it."""
+    parameters = list(whole_parameters(model))
     config = getattr(model, "config", None)
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "name_or_path": getattr(config, "_name_or_path", None) or None,
         "model_type": getattr(config, "model_type", None),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+        "parameters": sum(elements for elements, _, _ in parameters),
+        "trainable_parameters": sum(elements for elements, _, trained in parameters if trained),
+        "bytes": sum(elements * size for elements, size, _ in parameters),
         **_made_of(model),
     }
 

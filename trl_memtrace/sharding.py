@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .attribution import ROOT_MODULE
-from .categories import Category
-from .collectives import ALL_GATHER, BUCKETS, GATHERED_WEIGHTS
+from .categories import BUCKETS, Category
+from .collectives import ALL_GATHER, GATHERED_WEIGHTS
 
 _DDP = "torch.nn.parallel.distributed"
 _FSDP1 = "torch.distributed.fsdp._flat_param"
@@ -88,9 +88,10 @@ def strategy(model: nn.Module, wrapper: nn.Module | None = None, optimizer: Any 
 
 
 def class_name(model: nn.Module) -> str:
-    """The name of a model's class, as its author wrote it: FSDP2 makes a class of its own."""
-    made = isinstance(model, _types("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule"))
-    return type(model).__bases__[1].__name__ if made and len(type(model).__bases__) > 1 else type(model).__name__
+    """The name of a model's class, as its author wrote it: FSDP2 makes a class of its own, FSDP1 puts one around."""
+    kind = type(getattr(model, _WRAPPER_PARTS[0], model))
+    made = issubclass(kind, _types("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule"))
+    return kind.__bases__[-1].__name__ if made else kind.__name__
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[int, int, bool]]:
@@ -164,6 +165,11 @@ class Shards:
         gradient = getattr(getattr(handle, "flat_param", None), "grad", None)
         if isinstance(gradient, torch.Tensor):
             yield Held(Category.GRADIENTS, UNSHARDED, gradient)
+
+    @property
+    def has_rebuilt(self) -> bool:
+        """Whether DDP has made its buckets anew, as it does once, after the first backward."""
+        return bool(getattr(self._ddp, "_has_rebuilt_buckets", False))
 
     def bucket_bytes(self) -> list[int]:
         """The sizes of the buckets that DDP reduces gradients in. The reducer is the only one that knows them, and

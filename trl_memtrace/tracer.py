@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .advice import suggest
 from .attribution import Claims
 from .bookkeeping import keep_books, last_allocation, peak_at, step_record
-from .categories import Phase
-from .collectives import BUCKETS
+from .categories import BUCKETS, Phase
 from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
 from .listeners import tell
@@ -402,6 +401,7 @@ class _Window:
         self._remembers = not isinstance(recorder, CountersRecorder)  # else a claim holds only while it is repeated
         self._rows: list[Row] = []
         self._buckets: list[Row] = []
+        self._rebuilt = False
         self._handles: list[Any] = []
         self.phases = PhaseWatch(
             model,
@@ -429,7 +429,7 @@ class _Window:
         everything = (owners.weights, owners.gradients, owners.optimizer_states, owners.communication)
         for source in everything if detailed else (owners.gradients,):
             self._claim_standing(source(now))
-        self._buckets = owners.buckets(now)
+        self._buckets, self._rebuilt = owners.buckets(now), owners.buckets_rebuilt
         self._rows.extend(self._buckets)
         self.phases.install(modules=detailed)
         for parameter in owners.used_up_in_backward():
@@ -507,11 +507,9 @@ class _Window:
             if begins:
                 rows = self._owners.about_to_be_reduced(self._recorder.clock(), subject)
                 self._rows.extend(row for row, _ in rows)
-            elif detail == BUCKETS and self._buckets:
-                now = self._owners.buckets(self._buckets[0][0])
-                if now != self._buckets:  # rebuilt: the new ones were born in the recording
-                    self._recorder.note_ended([address for _, address, _, _ in self._buckets])
-                    self._buckets = []
+            elif detail == BUCKETS and self._owners.buckets_rebuilt != self._rebuilt:
+                self._recorder.note_ended([address for _, address, _, _ in self._buckets])
+                self._rebuilt = True
 
     @contextmanager
     def _safely(self) -> Iterator[None]:

@@ -50,11 +50,15 @@ def report(
     if as_json:
         print(json.dumps(reading.summary.to_json()))
     if terminal:
+        from ..ranks import Ranks
+        from ..reporters.ranks_text import print_ranks
         from ..reporters.terminal import print_failure, print_summary
 
         print_summary(reading.summary)
         if reading.run.failure is not None:
             print_failure(reading.run.failure)
+        if run.is_dir():
+            print_ranks(Ranks.load(run))
     _write_step(reading, perfetto, memory_viz, quiet=as_json)
     if output is not None or not (terminal or as_json or perfetto or memory_viz):
         target = output or (reading.folder / f"{run.stem}.html" if run.is_file() else reading.folder / "report.html")

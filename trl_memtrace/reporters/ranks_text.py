@@ -9,13 +9,13 @@ from rich.text import Text
 from ..ranks import Ranks
 from ..text import printable
 from ..units import common_unit
-from .terminal import print_anywhere, quiet_table
+from .terminal import print_plainly, quiet_table
 
 
 def print_ranks(ranks: Ranks, console: Console | None = None) -> None:
     """Print how ranks differ, and which are missing; nothing where there was only one."""
     if ranks.world_size > 1:
-        print_anywhere(render_ranks(ranks), console)
+        print_plainly(render_ranks(ranks), console)
 
 
 def render_ranks(ranks: Ranks) -> RenderableType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ..ranks import Ranks
 from ..records import FailureRecord, RunHeader, StepRecord, Summary
 
 
@@ -25,3 +26,8 @@ class Sink(Protocol):
 
     def close(self, summary: Summary) -> None:
         """The run has ended."""
+
+    def compare(self, ranks: Ranks) -> None:
+        """What all ranks have recorded, told to the sinks of rank 0 once the run has ended, where there were several;
+        most have nothing to do with it."""
+        return None

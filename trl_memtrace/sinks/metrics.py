@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..ranks import Ranks
 from ..records import Categories, FailureRecord, Peak, StepRecord, Summary
 from ..units import to_gib
 
@@ -53,6 +54,23 @@ def failure_metrics(failure: FailureRecord) -> dict[str, float | str]:
         metrics[f"{prefix}/requested_gib"] = to_gib(failure.requested_bytes)
     if failure.suggestions:
         metrics[f"{prefix}/would_help"] = failure.suggestions[0].what
+    return metrics
+
+
+def ranks_metrics(ranks: Ranks) -> dict[str, float | str]:
+    """How ranks differ: ``memory/ranks/peak/max_gib``, ``memory/ranks/peak/max_rank``,
+    ``memory/ranks/peak/uneven``, ..., and which are missing."""
+    prefix = f"{PREFIX}ranks"
+    metrics: dict[str, float | str] = {f"{prefix}/world_size": ranks.world_size}
+    for spread in ranks.spread:
+        metrics[f"{prefix}/{spread.what}/min_gib"] = to_gib(spread.least)
+        metrics[f"{prefix}/{spread.what}/min_rank"] = spread.least_rank
+        metrics[f"{prefix}/{spread.what}/max_gib"] = to_gib(spread.most)
+        metrics[f"{prefix}/{spread.what}/max_rank"] = spread.most_rank
+        metrics[f"{prefix}/{spread.what}/uneven"] = spread.uneven
+    for name, absent in {"missing": ranks.missing, "unfinished": ranks.unfinished}.items():
+        if absent:
+            metrics[f"{prefix}/{name}"] = ", ".join(map(str, absent))
     return metrics
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..categories import CATEGORIES
+from ..ranks import Ranks
 from ..records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 from ..step_books import StepBooks
 from ..units import to_gib
 from . import Sink
-from .metrics import PREFIX, failure_metrics, module_rows, step_metrics, summary_metrics
+from .metrics import PREFIX, failure_metrics, module_rows, ranks_metrics, step_metrics, summary_metrics
 
 GLOBAL_STEP = "train/global_step"
 """What the Trainer's own W&B callback uses as x axis."""
@@ -66,6 +67,11 @@ class WandbSink(Sink):
                 run.log({MODULES: module_table(summary.peak)}, commit=False)
             if self._record is not None:
                 run.log(dict(figures(self._record)), commit=False)
+
+    def compare(self, ranks: Ranks) -> None:
+        run = _active_run()
+        if run is not None:
+            run.summary.update(ranks_metrics(ranks))
 
 
 def module_table(peak: Peak) -> Any:
