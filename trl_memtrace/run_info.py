@@ -149,17 +149,19 @@ def describe_model(model: Any) -> dict[str, Any]:
         "parameters": sum(elements for elements, _, _ in parameters),
         "trainable_parameters": sum(elements for elements, _, trained in parameters if trained),
         "bytes": sum(elements * size for elements, size, _ in parameters),
-        **_made_of(model),
+        **_made_of(model, sum(elements for elements, _, _ in parameters)),
     }
 
 
-def _made_of(model: Any) -> dict[str, Any]:
-    """Components and layers of a model; nothing where it cannot be told."""
+def _made_of(model: Any, parameters: int) -> dict[str, Any]:
+    """Components and layers of a model; nothing where it cannot be told, or only a part of the model is here."""
     from .model import describe
 
     try:
         described = describe(model).to_dict()
     except Exception as problem:  # whatever somebody's model does when it is looked at
         logger.debug("the model is not described", exc_info=problem)
+        return {}
+    if described["parameters"] != parameters:
         return {}
     return {name: described[name] for name in ("components", "layers", "layer_parameters", "non_layer_parameters")}
