@@ -86,7 +86,7 @@ def in_a_child(port: int, run: Any) -> dict[str, Any]:
         shown, said = io.StringIO(), {}
         try:
             with contextlib.redirect_stdout(shown):
-                run()
+                said = {"result": run()}
             code = 0
         except BaseException as problem:
             said = {"error": type(problem).__name__}
@@ -165,13 +165,18 @@ def main() -> None:
     if told.get("ports"):
         seen["killed"] = killed(folder, kind, told["ports"])
     settings = told.get("settings", {})
-    seen["plain"] = train(folder / "plain", kind, traced=False, **settings)
-    gc.collect()
-    shown = io.StringIO()
-    with contextlib.redirect_stdout(shown):
-        seen["traced"] = train(folder / "traced", kind, traced=True, **settings)
-    seen["shown"] = shown.getvalue()
-    seen["left"] = wrapped_functions()
+    if told.get("apart"):  # ZeRO-3 changes how the process makes models, so that a second one is another
+        plain, traced = told["apart"]
+        seen["plain"] = in_a_child(plain, lambda: train(folder / "plain", kind, False, **settings))["result"]
+        ended = in_a_child(traced, lambda: [train(folder / "traced", kind, True, **settings), wrapped_functions()])
+        (seen["traced"], seen["left"]), seen["shown"] = ended["result"], ended["shown"]
+    else:
+        seen["plain"] = train(folder / "plain", kind, False, **settings)
+        gc.collect()
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            seen["traced"] = train(folder / "traced", kind, True, **settings)
+        seen["shown"], seen["left"] = shown.getvalue(), wrapped_functions()
     if kind == "ddp":
         seen["bare"] = bare_loops()
     (folder / f"rank-{RANK}.json").write_text(json.dumps(seen))

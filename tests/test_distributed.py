@@ -295,7 +295,7 @@ def test_zero1_holds_partitions_of_states(tmp_path):
 @pytest.mark.slow
 @needs_deepspeed
 def test_zero3_holds_partitions_of_weights_too(tmp_path):
-    launched = launch(tmp_path, "zero3")
+    launched = launch(tmp_path, "zero3", apart=free_ports(2))
     check_run(launched, "zero3")
     for run in launched.runs():
         assert roles(run, "weights/trainable") == {WHOLE // 2}
