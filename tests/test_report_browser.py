@@ -13,7 +13,9 @@ import pytest
 from browser import Opened
 from test_report import CARD, GIB, NASTY, SNAPSHOT, made_books, step_line, write
 
+from trl_memtrace.comparison import Tolerance, compare, read_side
 from trl_memtrace.reading import read
+from trl_memtrace.reporters.comparison_html import write_comparison
 from trl_memtrace.reporters.html import write_report
 from trl_memtrace.step_books import StepBooks, peak_books_path
 
@@ -64,11 +66,25 @@ def snapshot_report(folder: Path) -> Path:
     return write_report(read(SNAPSHOT), folder / "snapshot.html")
 
 
+def comparison_page(folder: Path) -> Path:
+    """Two runs side by side, the second with a longer name and larger modules."""
+    one, two = folder / "a", folder / ("b" * 120)
+    recorded(one)
+    held = {"weights": GIB, "activations": 3 * GIB}
+    write(two, [step_line(1, held, modules={f"model.layers.{place}.{'x' * 90}": held for place in range(70)})])
+    sides = (read_side(one), read_side(two))
+    return write_comparison(compare(*sides), folder / "diff.html", Tolerance.parse("2%"))
+
+
 @pytest.mark.parametrize(
-    "make", [recorded, lambda folder: recorded(folder, "dry_run"), snapshot_report], ids=["run", "dry run", "snapshot"]
+    "make",
+    [recorded, lambda folder: recorded(folder, "dry_run"), snapshot_report, comparison_page],
+    ids=["run", "dry run", "snapshot", "diff"],
 )
 def test_a_page_opens_alone_and_fits(chromium: Any, tmp_path: Path, make: Any) -> None:
-    opened = Opened(chromium, make(tmp_path)).drawn()
+    opened = Opened(chromium, make(tmp_path))
+    if opened.page.locator("[data-figure]").count():  # a comparison has none, and no script to draw it
+        opened.drawn()
     for width in (1440, 380):
         opened.resized(width)
         for scheme in ("light", "dark"):
