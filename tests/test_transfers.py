@@ -73,6 +73,12 @@ def test_scratch_whose_address_is_given_out_again_is_not_counted_twice():
     assert allocator.tolist() == books.ledger.level.tolist() == [0, 100, 0, 60, 0]
 
 
+def test_what_another_thread_freed_ends_where_its_address_is_given_out_again():
+    rows = [(5, 0xA0, 100), (20, 0xA0, 60), (30, 0xA0, -60)]
+    books, allocator = keep_books(recording(rows), Claims.of([], []), Timeline([0], [Phase.FORWARD]))
+    assert allocator.tolist() == books.ledger.level.tolist() == [0, 100, 60, 0]
+
+
 @pytest.mark.parametrize(("kind", "claimed"), [("buckets", False), ("all_gather", True)])
 def test_buckets_stay_and_so_does_what_somebody_claims(kind, claimed):
     claims = Claims.of([(50, 0xA0, 100, 0)] if claimed else [], [BUCKET])
@@ -97,13 +103,14 @@ def test_a_bucket_of_which_only_the_size_is_known_is_baseline_on_the_cpu():
 def test_where_the_allocator_lists_its_blocks_a_bucket_is_the_smallest_that_fits_and_is_nobodys():
     mib = 2**20
     held = {0x1000000: 25 * mib, 0x4000000: 25 * mib + 512, 0x8000000: 26 * mib + 512, 0xC000000: 3 * mib}
+    held[0x10000000] = 25 * mib + 1024
     ledger = Ledger.of(Events.of([5], [0xF000000], [8]), list(held), list(held.values()))
     rows = [(1, 0x1000000, 25 * mib, 0), (1, NOWHERE, 25 * mib, 1), (1, NOWHERE - 2**48, 5 * mib, 1)]
     whole = WholeRecording(ledger, None, sum(held.values()) + 8, 0)
     books, _ = keep_books(whole, Claims.of(rows, [GRADIENT, BUCKET]), Timeline([0], [Phase.FORWARD]))
     assert books.categories_at(0)[Category.GRADIENTS] == 25 * mib
     assert books.categories_at(0)[Category.COMMUNICATION] == 25 * mib + 512
-    assert books.categories_at(0)[Category.UNATTRIBUTED] == 29 * mib + 512
+    assert books.categories_at(0)[Category.UNATTRIBUTED] == 54 * mib + 1536
 
 
 @pytest.fixture
