@@ -118,11 +118,13 @@ class Shards:
     """
 
     def __init__(self, model: nn.Module, wrapper: nn.Module | None = None, optimizer: Any = None) -> None:
-        self._names = {id(module): module_name(name) for name, module in model.named_modules()}
-        self._groups = list(_fsdp2_groups(model))
-        self._flat = list(_flat_parameters(model))
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._groups = list(_fsdp2_groups(model)) if distributed else []
+        self._flat = list(_flat_parameters(model)) if distributed else []
+        sharded = bool(self._groups or self._flat)
+        self._names = {id(part): module_name(name) for name, part in model.named_modules()} if sharded else {}
         self._zero = _zero_optimizer(optimizer)
-        self._partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_tensor")]
+        self._partitioned = [part for part in model.parameters() if hasattr(part, "ds_tensor")] if self._zero else []
         self._ddp = wrapper if isinstance(wrapper, _types(_DDP, "DistributedDataParallel")) else None
 
     def local_form(self) -> dict[int, nn.Parameter]:
