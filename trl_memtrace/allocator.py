@@ -419,6 +419,10 @@ class CachingAllocator:
         self._insert(block)
         self.event += 1
 
+    def size_of(self, address: int) -> int:
+        """Bytes of a live block, with its rounding and the remainder that was too small to split off."""
+        return self._blocks[address].size
+
     def empty_cache(self, pool: PoolId = DEFAULT_POOL) -> None:
         """Give back every segment, and every mapped page, that holds nothing live."""
         self._release_cached(pool)

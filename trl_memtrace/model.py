@@ -704,12 +704,18 @@ def load_meta(model: str | os.PathLike[str], dtype: str = "float32") -> PreTrain
     """
     if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(MODEL_DTYPES)}, not {dtype!r}")
-    path = _config_path(os.fspath(model))
-    config = _read_config(path, str(model))
+    path = find_config(os.fspath(model))
+    config = read_config(path, str(model))
     return _build(config, dtype, str(model))
 
 
-def _config_path(model: str) -> Path:
+def find_config(model: str) -> Path:
+    """The ``config.json`` of a model: in a folder, that file itself, or in the cache, for an id on the Hugging Face
+    Hub.
+
+    Raises:
+        ModelError: there is none, or it is out of reach.
+    """
     path = Path(model).expanduser()
     try:
         if model and path.is_dir():
@@ -755,7 +761,12 @@ def _hub_config(repo: str) -> Path:
             ) from None
 
 
-def _read_config(path: Path, model: str) -> PreTrainedConfig:
+def read_config(path: Path, model: str) -> PreTrainedConfig:
+    """What a ``config.json`` says; ``model`` is what to call it.
+
+    Raises:
+        ModelError: it is broken, or transformers does not know it.
+    """
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as reason:
@@ -780,14 +791,19 @@ def _build(config: PreTrainedConfig, dtype: str, model: str) -> PreTrainedModel:
         chosen = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             # Attention has no weights of its own, and eager asks for no package that may be missing.
-            architecture = _architecture(config)
+            architecture = architecture_of(config)
             built: PreTrainedModel = architecture._from_config(config, dtype=chosen, attn_implementation="eager")
     except Exception as reason:
         raise ModelError(f"{model}: no model can be built from this config: {_reason(reason)}") from None
     return built
 
 
-def _architecture(config: PreTrainedConfig) -> Any:
+def architecture_of(config: PreTrainedConfig) -> Any:
+    """The class of a config's model.
+
+    Raises:
+        ModelError: transformers has none.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 

@@ -4,7 +4,7 @@ batch."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,9 +89,11 @@ class Owners:
         device_type: str,
         others: Mapping[str, nn.Module] | None = None,
         wrapper: nn.Module | None = None,
+        address_of: Callable[[torch.UntypedStorage], int] = torch.UntypedStorage.data_ptr,
     ) -> None:
         self.owners: list[Owner] = []
         self._device_type = device_type
+        self._address_of = address_of
         self._numbers: dict[tuple[Category, str, str], int] = {}
         self._optimizer = inner_optimizer(optimizer)
         self._shards = Shards(model, wrapper, optimizer)
@@ -187,7 +189,7 @@ class Owners:
                 storage = part.untyped_storage()
                 size = storage.nbytes()
                 if size:
-                    found.append(((time_ns, storage.data_ptr(), size, number), storage))
+                    found.append(((time_ns, self._address_of(storage), size, number), storage))
         return found
 
     def _shared(self, time_ns: int) -> set[int]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from . import dryrun
 from .advice import suggest
 from .attribution import Claims
 from .bookkeeping import keep_books, last_allocation, peak_at, step_record
@@ -20,6 +21,7 @@ from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
 from .recorders.counters import AcceleratorCounters, CountersRecorder
+from .recorders.fake import FakeRecorder
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 from .sharding import unwrapped
 from .step_books import StepBooks
@@ -136,6 +138,10 @@ class MemoryTracer:
             self._recorder = _recorder_for(device_type, index)
         if self._closed:
             return
+        dry = dryrun.current()
+        if dry is not None:
+            self.summary.header = replace(self.summary.header, source="dry_run", device=dry.describe_device())
+            dry.adopt(self)
         if self._recorder is None:
             self._warn_once("device", f"memory of {device_type} devices cannot be measured; steps are only counted")
         elif isinstance(self._recorder, CountersRecorder):
@@ -249,7 +255,12 @@ class MemoryTracer:
                 self._roles = activation_roles(self._owned)
             if self._owners is None or self._planned or not self._recorder.sees_every_step:
                 self._owners = Owners(
-                    self._owned, self._optimizer, self._recorder.device_type, self._others, self._wrapper
+                    self._owned,
+                    self._optimizer,
+                    self._recorder.device_type,
+                    self._others,
+                    self._wrapper,
+                    self._recorder.address_of,
                 )
             window = _Window(self._model, self._optimizer, self._owners, self._recorder, self._fail)
             try:
@@ -529,6 +540,9 @@ def device_of(model: nn.Module) -> tuple[str, int]:
 
 
 def _recorder_for(device_type: str, index: int) -> Recorder | None:
+    dry = dryrun.current()
+    if dry is not None:
+        return FakeRecorder(dry.memory)
     if device_type == "cpu":
         from .recorders.cpu import CpuRecorder
 

@@ -76,6 +76,11 @@ class Recorder(Protocol):
     device_type: str
     sees_every_step: bool
 
+    def address_of(self, storage: Any) -> int:
+        """The address by which the events name a storage."""
+        address: int = storage.data_ptr()
+        return address
+
     def clock(self) -> int:
         """Now, in nanoseconds, on the clock that the events carry."""
 

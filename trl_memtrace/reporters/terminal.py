@@ -59,12 +59,13 @@ def print_summary(
     console = console or Console()
     print_plainly(render_summary(summary, path, console.width, page), console)
     if beyond:
-        print_plainly(Padding(_beyond_table(beyond), (0, 1, 1, 1)), console)
+        print_plainly(Padding(table_of_lines("the device at the end", beyond), (0, 1, 1, 1)), console)
 
 
-def _beyond_table(lines: Sequence[Line]) -> Table:
+def table_of_lines(title: str, lines: Sequence[Line]) -> Table:
+    """Bytes line by line, with a reason each."""
     table = quiet_table()
-    table.add_column("the device at the end", no_wrap=True)
+    table.add_column(title, no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for line in lines:
@@ -76,13 +77,19 @@ def render_summary(
     summary: Summary, path: Path | None = None, width: int = 80, page: Path | None = None
 ) -> RenderableType:
     """The end-of-run table and its notes, for a terminal of some width."""
+    parts = summary_parts(summary, width)
+    parts += [Text(note, style="dim") for note in _notes(summary, path, page)]
+    return Padding(Group(*parts), (0, 1, 1, 1))
+
+
+def summary_parts(summary: Summary, width: int = 80) -> list[RenderableType]:
+    """The end-of-run table without its notes."""
     parts: list[RenderableType] = [Text(), _headline(summary)]
     if summary.worst is not None and summary.worst.traced:
         peak = summary.peak
         tables = category_table(peak, summary.worst.phases, width), _module_table(peak)
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
-    parts += [Text(note, style="dim") for note in _notes(summary, path, page)]
-    return Padding(Group(*parts), (0, 1, 1, 1))
+    return parts
 
 
 def print_failure(failure: FailureRecord, console: Console | None = None) -> None:

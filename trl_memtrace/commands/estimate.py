@@ -1,0 +1,121 @@
+"""``trl-memtrace estimate sft FLAGS``: what a ``trl`` command would take."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import MemtraceError
+from ..units import parse_bytes
+from . import quick_imports
+
+if TYPE_CHECKING:
+    from ..device import Device
+
+app = typer.Typer(add_completion=False)
+
+
+class Kind(str, Enum):
+    """The trainers that can be run on fake tensors."""
+
+    SFT = "sft"
+    DPO = "dpo"
+    KTO = "kto"
+    REWARD = "reward"
+    GRPO = "grpo"
+    RLOO = "rloo"
+
+
+DeviceName = Annotated[str | None, typer.Option("--device", help="The card, such as 'A100 80GB'; none has no limit.")]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Its memory instead, such as 24GiB.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="How many optimizer steps to take.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else.")]
+
+
+def device_of(name: str | None, memory: str | None) -> Device | None:
+    """The device that ``--device`` or ``--memory`` means.
+
+    Raises:
+        typer.BadParameter: both are given, or the memory is no size.
+        MemtraceError: no such device is known.
+    """
+    from ..device import custom_device, find_device
+
+    if memory is None:
+        return None if name is None else find_device(name)
+    if name is not None:
+        raise typer.BadParameter("--device and --memory are two devices; choose one")
+    try:
+        return custom_device(parse_bytes(memory))
+    except ValueError as reason:
+        raise typer.BadParameter(str(reason), param_hint="--memory") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries say nothing but errors: a dry run is not the run that they talk about."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _read_lengths(file: Path | None) -> list[int] | None:
+    if file is None:
+        return None
+    try:
+        lengths = [int(word) for word in file.read_text().split()]
+    except OSError as problem:
+        raise MemtraceError(f"cannot read {file}: {problem.strerror or problem}") from None
+    except ValueError:
+        raise MemtraceError(f"{file} is no list of lengths: it takes one integer a line") from None
+    if not lengths or min(lengths) < 1:
+        raise MemtraceError(f"{file} is no list of lengths: it takes integers of 1 or more, one at least")
+    return lengths
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def estimate(
+    context: typer.Context,
+    kind: Annotated[Kind, typer.Argument(metavar="sft|dpo|kto|reward|grpo|rloo", help="The command of trl.")],
+    device: DeviceName = None,
+    memory: Memory = None,
+    steps: Steps = 2,
+    lengths: Annotated[
+        Path | None, typer.Option("--lengths", metavar="FILE", help="Tokens of each example, one integer a line.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a trl command would take: every other flag is trl's own (trl sft --help), --config FILE too.
+
+    A folder with a config.json is model enough. The longest batch comes first.
+    """
+    card = device_of(device, memory)
+    found = _read_lengths(lengths)
+    with quick_imports(), quiet():
+        from ..estimating import estimate as run
+
+        made = run(kind.value, context.args, device=card, steps=steps, lengths=found)
+    show(made.summary(), made.dry.run.summary, made.assumed, as_json=as_json)
+
+
+def show(data: dict[str, Any], summary: Any, assumed: list[str], *, as_json: bool) -> None:
+    """Print what a dry run came to."""
+    if as_json:
+        print(json.dumps(data))
+        return
+    from ..reporters.dry_run_text import print_dry_run
+
+    print_dry_run(data, summary, assumed)

@@ -1,0 +1,41 @@
+"""The callback by which a dry run watches a Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from .callback import _as_called, _other_models
+from .run_info import describe_run
+from .tracer import MemoryTracer
+
+if TYPE_CHECKING:
+    from .dryrun import DryRun
+
+
+class DryTrace(TrainerCallback):
+    """Traces every step in full. What goes wrong is not swallowed: nobody's training depends on it."""
+
+    def __init__(self, dry: DryRun, trainer: Any) -> None:
+        self._dry = dry
+        self._trainer = trainer
+        self._tracer: MemoryTracer | None = None
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        if self._tracer is None:
+            header = describe_run(args, model, self._trainer, {})
+            self._tracer = MemoryTracer(
+                _as_called(model, self._trainer), optimizer, header=header, others=_other_models(self._trainer, model)
+            )
+        self._tracer.begin_step(state.global_step + 1, optimizer)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.end_step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._tracer is not None:
+            self._tracer.close()
