@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .allocator import SMALL_SEGMENT, AllocatorConfig, CachingAllocator
 from .device import Device, custom_device, find_device
 from .errors import MemtraceError
-from .kernels import Card, CpuKernels, CudaKernels, DeviceFunctions, call
+from .fake_calls import Calls
+from .kernels import Card, CpuKernels, CudaKernels, DeviceFunctions
 from .recorders.fake import FakeMemory, StorageWatch
 from .records import RunTrace
 
@@ -69,7 +70,7 @@ class DryRun:
             self.memory = FakeMemory(None)
             self._kernels = CpuKernels()
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.watch = StorageWatch(self.memory, self._kernels, call)
+        self.watch = StorageWatch(self.memory, self._kernels, Calls(self.fake_mode))
         self.functions = DeviceFunctions(self.watch)
 
     @property

@@ -246,7 +246,7 @@ def _data(
 
 def _rows_needed(kind: str, training: Any, steps: int) -> int:
     """How many examples the steps take, at least."""
-    return steps * training.per_device_train_batch_size * max(training.gradient_accumulation_steps, 1)
+    return int(steps * training.per_device_train_batch_size * max(training.gradient_accumulation_steps, 1))
 
 
 def _assumed_length(kind: str, training: Any, source: _Source, assumed: list[str]) -> int:

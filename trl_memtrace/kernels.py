@@ -12,13 +12,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from . import cuda_attention
 from .device import cublas_workspace_bytes
@@ -32,85 +30,6 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
-
-
-# --- values that fake tensors do not have ----------------------------------------------------------------------------
-
-
-def _stand_in(func: Any, args: Any, kwargs: Any) -> Any:
-    """An answer to a question about values: a flag is set, a number is one, a mask lets all through.
-
-    What is made here comes from no tensor: of one whose values are known, the fake mode would make real memory that
-    nobody has filled, and take it for values.
-    """
-    packet = getattr(func, "overloadpacket", None)
-    if packet is aten._local_scalar_dense:
-        kind = args[0].dtype
-        return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
-    if packet is aten.equal:
-        return args[0].shape == args[1].shape
-    if packet is aten.nonzero:
-        tensor = args[0]
-        return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
-    if packet is aten.masked_select:
-        tensor, mask = args[0], args[1]
-        return torch.empty(math.prod(max(pair) for pair in _aligned_sizes(tensor, mask)), dtype=tensor.dtype)
-    if packet is aten.index:
-        tensor, indices = args[0], args[1]
-        return _index_all(tensor, indices)
-    if packet in (aten.unique_consecutive, aten._unique2, aten.unique_dim):
-        tensor = args[0]
-        flat = tensor.reshape(-1)
-        return (
-            flat.new_empty(flat.shape),
-            flat.new_empty(tensor.shape, dtype=torch.int64),
-            flat.new_empty(flat.shape, dtype=torch.int64),
-        )
-    if packet is aten.repeat_interleave:
-        repeats = args[0]
-        return repeats.new_empty((kwargs.get("output_size") or repeats.numel(),))
-    raise NotImplementedError(func)
-
-
-def _aligned_sizes(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, int]]:
-    return zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=1)
-
-
-def _index_all(tensor: torch.Tensor, indices: Any) -> Any:
-    """``tensor[mask]`` where the mask lets all through."""
-    places: list[torch.Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
-            places.extend(torch.zeros((index.numel(),), dtype=torch.int64) for _ in range(index.dim()))
-        else:
-            places.append(index)
-    return aten.index.Tensor(tensor, places)
-
-
-def _without_false_values(result: Any, args: Any) -> Any:
-    """A result whose values are not known, where those of an argument are not: PyTorch makes results of some operators
-    by ``new_empty`` of the first argument, and takes what it finds in that memory for known."""
-    if isinstance(result, FakeTensor) and result.constant is not None:
-        given = [value for value in tree_leaves(args) if isinstance(value, FakeTensor)]
-        if any(value.constant is None for value in given):
-            result.constant = None
-    return result
-
-
-def call(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator on fake tensors; what depends on values gets an answer all the same."""
-    # Straight to the fake mode beneath, which is a third of the way that the dispatcher takes to it.
-    fake_mode: Any = torch._C._unset_dispatch_mode(_FAKE_KEY)
-    try:
-        if fake_mode is None:
-            return func(*args, **kwargs)
-        return _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        with fake_mode:
-            return _without_false_values(_stand_in(func, args, kwargs), args)
-    finally:
-        if fake_mode is not None:
-            torch._C._set_dispatch_mode(fake_mode)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""Operators carried out on fake tensors: what comes of them, and answers to questions about values not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_leaves
+
+aten: Any = torch.ops.aten
+_FAKE_KEY = torch._C._TorchDispatchModeKey.FAKE
+_CPU = torch.device("cpu")
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class Calls:
+    """Calls operators on the tensors of one fake mode.
+
+    What an operator makes depends on shapes alone where it makes tensors with storages of their own, and a training
+    step asks for the same thing once a layer. So the answer is remembered, which spares most of the fake mode's work;
+    it has a memory of its own, whose questions cost more than ours.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self._fake_mode: Any = fake_mode
+        self._known: dict[Any, Any] = {}
+        self._makes_new: dict[Any, bool] = {}
+
+    def __call__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator; what depends on values gets an answer all the same."""
+        key = self._key(func, args, kwargs)
+        known = self._known.get(key) if key is not None else None
+        # Straight to the fake mode beneath, which is a third of the way that the dispatcher takes to it.
+        fake_mode: Any = torch._C._unset_dispatch_mode(_FAKE_KEY)
+        try:
+            if fake_mode is None:
+                return func(*args, **kwargs)
+            if known is not None:
+                return self._make(known)
+            result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
+            if key is not None:
+                self._known[key] = _description(result, args, kwargs)
+            return result
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with fake_mode:
+                return _without_false_values(_stand_in(func, args, kwargs), args)
+        finally:
+            if fake_mode is not None:
+                torch._C._set_dispatch_mode(fake_mode)
+
+    def _key(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What the result depends on; None where it is not to be remembered."""
+        makes_new = self._makes_new.get(func)
+        if makes_new is None:
+            makes_new = self._makes_new[func] = _makes_new(func)
+        if not makes_new:
+            return None
+        parts: list[Any] = [func]
+        for value in args:
+            if not _add(parts, value):
+                return None
+        for name, value in kwargs.items():
+            parts.append(name)
+            if not _add(parts, value):
+                return None
+        return tuple(parts)
+
+    def _make(self, known: Any) -> Any:
+        if type(known) is _Made:
+            return FakeTensor(
+                self._fake_mode, torch.empty_strided(*known.layout, dtype=known.dtype, device="meta"), _CPU
+            )
+        return tuple(self._make(item) for item in known) if type(known) is tuple else known
+
+
+class _Made:
+    """A tensor that an operator makes."""
+
+    __slots__ = ("dtype", "layout")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.layout = tensor.shape, tensor.stride()
+        self.dtype = tensor.dtype
+
+
+def _makes_new(func: Any) -> bool:
+    """Whether an operator takes and gives tensors without sharing or changing any, as far as it says."""
+    schema = func._schema
+    shared = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
+    takes = any("Tensor" in str(argument.type) for argument in schema.arguments)
+    return takes and not shared and bool(schema.returns) and all(str(part.type) == "Tensor" for part in schema.returns)
+
+
+def _add(parts: list[Any], value: Any) -> bool:
+    """Add what matters of an argument; False where something else would."""
+    if isinstance(value, FakeTensor):
+        if value.constant is not None or value.layout is not torch.strided or value.fake_device != _CPU:
+            return False
+        parts.append((value.shape, value.stride(), value.dtype))
+        return True
+    if isinstance(value, (list, tuple)):
+        parts.append(len(value))
+        return all(_add(parts, item) for item in value)
+    parts.append((type(value), value))
+    return isinstance(value, _PLAIN)
+
+
+def _description(result: Any, args: Any, kwargs: Any) -> Any:
+    """What a result is to be made from again; None where it shares a storage with an argument after all."""
+    made = result if isinstance(result, tuple) else (result,)
+    if not all(type(item) is FakeTensor and item.constant is None and not item.is_complex() for item in made):
+        return None
+    given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)}
+    if any(item.untyped_storage()._cdata in given for item in made):
+        return None
+    descriptions = tuple(_Made(item) for item in made)
+    return descriptions if isinstance(result, tuple) else descriptions[0]
+
+
+def _stand_in(func: Any, args: Any, kwargs: Any) -> Any:
+    """An answer to a question about values: a flag is set, a number is one, a mask lets all through.
+
+    What is made here comes from no tensor: of one whose values are known, the fake mode would make real memory that
+    nobody has filled, and take it for values.
+    """
+    packet = getattr(func, "overloadpacket", None)
+    if packet is aten._local_scalar_dense:
+        kind = args[0].dtype
+        return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
+    if packet is aten.equal:
+        return args[0].shape == args[1].shape
+    if packet is aten.nonzero:
+        tensor = args[0]
+        return torch.empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+    if packet is aten.masked_select:
+        tensor, mask = args[0], args[1]
+        return torch.empty(math.prod(max(pair) for pair in _aligned_sizes(tensor, mask)), dtype=tensor.dtype)
+    if packet is aten.index:
+        tensor, indices = args[0], args[1]
+        return _index_all(tensor, indices)
+    if packet in (aten.unique_consecutive, aten._unique2, aten.unique_dim):
+        tensor = args[0]
+        flat = tensor.reshape(-1)
+        return (
+            flat.new_empty(flat.shape),
+            flat.new_empty(tensor.shape, dtype=torch.int64),
+            flat.new_empty(flat.shape, dtype=torch.int64),
+        )
+    if packet is aten.repeat_interleave:
+        repeats = args[0]
+        return repeats.new_empty((kwargs.get("output_size") or repeats.numel(),))
+    raise NotImplementedError(func)
+
+
+def _aligned_sizes(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, int]]:
+    return zip_longest(reversed(a.shape), reversed(b.shape), fillvalue=1)
+
+
+def _index_all(tensor: torch.Tensor, indices: Any) -> Any:
+    """``tensor[mask]`` where the mask lets all through."""
+    places: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            places.extend(torch.zeros((index.numel(),), dtype=torch.int64) for _ in range(index.dim()))
+        else:
+            places.append(index)
+    return aten.index.Tensor(tensor, places)
+
+
+def _without_false_values(result: Any, args: Any) -> Any:
+    """A result whose values are not known, where those of an argument are not: PyTorch makes results of some operators
+    by ``new_empty`` of the first argument, and takes what it finds in that memory for known."""
+    if isinstance(result, FakeTensor) and result.constant is not None:
+        given = [value for value in tree_leaves(args) if isinstance(value, FakeTensor)]
+        if any(value.constant is None for value in given):
+            result.constant = None
+    return result
