@@ -23,6 +23,7 @@ _HOMES = {
     "RunTrace": "records",
     "StepRecord": "records",
     "TracePolicy": "tracer",
+    "dry_run": "dryrun",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .callback import MemTrace as MemTrace
     from .categories import Category as Category
     from .categories import Phase as Phase
+    from .dryrun import dry_run as dry_run
     from .errors import MemtraceError as MemtraceError
     from .errors import MemtraceWarning as MemtraceWarning
     from .errors import RecordError as RecordError
