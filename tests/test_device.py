@@ -535,7 +535,7 @@ def test_contexts_are_known_only_where_a_source_is() -> None:
 
 
 def test_the_a100s_context_is_the_mean_of_its_readings() -> None:
-    """Phi-3-mini, weight by weight, through the simulated allocator; docs/loading.md has int8 and int4."""
+    """Phi-3-mini, weight by weight, through the simulated allocator; int8 and int4 as docs/loading.md has them."""
     left = [503, 503]
     layer = [3072, 3072 * 9216, 3072 * 3072, 3072, 3072 * 16384, 8192 * 3072]
     for bytes_each, reading in ((4, 15005), (2, 7717), (2, 7717)):

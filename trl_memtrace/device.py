@@ -468,8 +468,8 @@ def cublas_workspace_bytes(capability: tuple[int, int] | None, environ: Mapping[
 _SMI_LIST = "https://thundergolfer.com/blog/nvidia-gpu-memory-capacity"
 _T4 = "fitcheck-llm 0.3.1, after training steps (69 of its 79 runs; 141.0 MiB in the other ten)"
 _A100 = (
-    "nvidia-smi with Phi-3-mini loaded in five forms, 15005, 7717, 7717, 4425 and 2861 MiB, less the 14578, 7290,"
-    " 7290, 3922 and 2358 MiB that the caching allocator reserves: 427 three times, 503 for int8 and int4, 457 on average"
+    "nvidia-smi with Phi-3-mini loaded in five forms, 15005, 7717, 7717, 4425 and 2861 MiB, less what the caching"
+    " allocator reserves, 14578, 7290, 7290, 3922 and 2358: 427 three times, 503 for int8 and int4, 457 on average"
 )
 
 
