@@ -19,6 +19,7 @@ from trl_memtrace import MemoryTracer, MemTrace, RunTrace
 from trl_memtrace.device import cublas_workspace_bytes
 from trl_memtrace.dryrun import DryRunError, dry_run
 from trl_memtrace.errors import MemtraceError
+from trl_memtrace.step_books import StepBooks
 from trl_memtrace.units import MIB
 
 ROOT = Path(__file__).parents[1]
@@ -282,3 +283,8 @@ def test_its_record_is_a_record(tmp_path: Path) -> None:
     back = RunTrace.from_lines(lines)
     assert back.header.source == "dry_run"
     assert back.peak.bytes == dry.run.peak.bytes
+    path = dry.save(tmp_path / "record")
+    assert RunTrace.load(path).peak == dry.run.peak
+    books = StepBooks.of_record(path)
+    assert books is not None
+    assert books.peak_bytes == dry.run.peak.bytes

@@ -7,8 +7,10 @@ record.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from .errors import MemtraceError
 from .fake_calls import Calls
 from .kernels import Card, CpuKernels, CudaKernels, DeviceFunctions
 from .recorders.fake import FakeMemory, StorageWatch
-from .records import RunTrace
+from .records import RunTrace, dump_line, record_name
+from .step_books import peak_books_path
 
 DEFAULT_CAPABILITY = (8, 0)
 """Of a device of which only the memory is known."""
@@ -91,10 +94,14 @@ class DryRun:
         Raises:
             DryRunError: nothing was.
         """
+        run: RunTrace = self._trained().run
+        return run
+
+    def _trained(self) -> Any:
+        """The last tracer that saw a step."""
         for tracer in reversed(self._runs):
             if len(tracer.run):
-                run: RunTrace = tracer.run
-                return run
+                return tracer
         raise DryRunError("nothing was trained in this dry run: no step of a Trainer or a MemoryTracer was seen")
 
     def describe_device(self) -> dict[str, Any]:
@@ -156,6 +163,24 @@ class DryRun:
             if self.device is not None:
                 data["fits"] = self.memory.refusal is None and process <= self.device.total_bytes
         return data
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write its record into a folder, as a run leaves one, for ``report`` and ``diff``.
+
+        Returns:
+            the record's file.
+
+        Raises:
+            DryRunError: nothing was trained.
+            OSError: it cannot be written.
+        """
+        tracer, path = self._trained(), Path(folder) / record_name(0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [tracer.run.header.to_json(), *(step.to_json() for step in tracer.run), self.summary()]
+        path.write_text("".join(map(dump_line, lines)), encoding="utf-8")
+        if tracer.peak_books is not None:
+            tracer.peak_books.save(peak_books_path(path))
+        return path
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from . import quick_imports
-from .estimate import AsJson, DeviceName, Memory, Steps, device_of, quiet, show
+from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, quiet, show
 
 app = typer.Typer(add_completion=False)
 
@@ -26,6 +26,7 @@ def dry_run(
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,
+    record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """What a training script would take: it runs unchanged, without weights and arithmetic, until it has trained.
@@ -38,6 +39,7 @@ def dry_run(
 
         with _stdout_elsewhere(as_json):
             dry = run_script(script, context.args, device=card, steps=steps)
+    keep(dry, record)
     show(dry.summary(), dry.run.summary, [], as_json=as_json)
 
 

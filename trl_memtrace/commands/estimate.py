@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import MemtraceError
+from ..errors import MemtraceError, UnwritableError
 from ..units import parse_bytes
 from . import quick_imports
 
 if TYPE_CHECKING:
     from ..device import Device
+    from ..dryrun import DryRun
 
 app = typer.Typer(add_completion=False)
 
@@ -37,6 +38,9 @@ class Kind(str, Enum):
 DeviceName = Annotated[str | None, typer.Option("--device", help="The card, such as 'A100 80GB'; none has no limit.")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Its memory instead, such as 24GiB.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="How many optimizer steps to take.")]
+Record = Annotated[
+    Path | None, typer.Option("--record", metavar="FOLDER", help="Write the record there, for report and diff.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object and nothing else.")]
 
 
@@ -96,6 +100,7 @@ def estimate(
     lengths: Annotated[
         Path | None, typer.Option("--lengths", metavar="FILE", help="Tokens of each example, one integer a line.")
     ] = None,
+    record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """What a trl command would take: every other flag is trl's own (trl sft --help), --config FILE too.
@@ -108,7 +113,17 @@ def estimate(
         from ..estimating import estimate as run
 
         made = run(kind.value, context.args, device=card, steps=steps, lengths=found)
+    keep(made.dry, record)
     show(made.summary(), made.dry.run.summary, made.assumed, as_json=as_json)
+
+
+def keep(dry: DryRun, folder: Path | None) -> None:
+    """Write a dry run's record, where that was asked for."""
+    if folder is not None:
+        try:
+            dry.save(folder)
+        except OSError as problem:
+            raise UnwritableError(f"cannot write {folder}: {problem.strerror or problem}") from None
 
 
 def show(data: dict[str, Any], summary: Any, assumed: list[str], *, as_json: bool) -> None:
