@@ -139,17 +139,17 @@ def tag(block: NaiveBlock, program: Program, story: Story) -> Tag:
             running = number
     module = story.module_names[running] if running >= 0 else ""
 
-    if phase is Phase.BACKWARD and running >= 0:
+    if phase in (Phase.BACKWARD, Phase.ROLLOUT, Phase.EVALUATE) and running >= 0:
         ends = [changed for changed, number in story.modules if number < 0 and changed > made_at]
         if is_alive_at(ends[0]) if ends else ended_at is None:
-            return Tag(Category.ACTIVATIONS, "activations/recomputed", module)
+            kind = story.activation_roles[running]
+            detail = "recomputed" if phase is Phase.BACKWARD else "kv_cache" if kind == "attention" else kind
+            return Tag(Category.ACTIVATIONS, f"activations/{detail}", module)
     if phase not in (Phase.BACKWARD, Phase.OPTIMIZER):
         later = [began for began, begun in story.phases if begun is Phase.BACKWARD and began > made_at]
         if later and is_alive_at(later[0]):
-            if running >= 0:
-                detail = story.activation_roles[running]
-            else:
-                detail = "other" if phase in (Phase.IDLE, Phase.FORWARD) else "logits"
+            outside = "logits" if phase is Phase.LOSS else "other"
+            detail = story.activation_roles[running] if running >= 0 else outside
             return Tag(Category.ACTIVATIONS, f"activations/{detail}", module)
     if ended_at is not None:
         return Tag(Category.TEMPORARIES, f"temporaries/{phase.value}", module)

@@ -47,7 +47,19 @@ PEAK_KEYS = {"phase", "bytes", "allocator_bytes", "categories", "roles", "module
 RUN_KEYS = {"record", "schema", "source", "device", "versions", "model", "trainer", "args"}
 STEP_KEYS = {"record", "step", "traced", "phases", "peak", "reserved_bytes", "seconds"}
 SUMMARY_KEYS = {
-    *("record", "schema", "source", "steps", "peak", "phases", "end", "device", "fits", "unattributed_bytes"),
+    *(
+        "record",
+        "schema",
+        "source",
+        "steps",
+        "peak",
+        "phases",
+        "end",
+        "device",
+        "fits",
+        "unattributed_bytes",
+        "growth",
+    ),
     *("allocated_peak_bytes", "reserved_peak_bytes", "reserved_end_bytes", "context_bytes", "process_peak_bytes"),
 }
 BEYOND_THE_SCHEMA = {"tracing_seconds", "traced_steps"}

@@ -212,10 +212,12 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: 
     3. Born in a transfer between ranks: communication.
     4. Born in the backward inside a module's forward (checkpointing runs it again) and outliving that forward:
        activations, with the role ``recomputed``.
-    5. Born outside backward and optimizer, and alive when the next backward began: activations.
-    6. Dead by the end of the recording, or the recording was cut short by an exception: temporaries of its birth
+    5. Born in a rollout or an evaluation inside a module's forward and outliving that forward: activations, with the
+       role ``kv_cache`` where they are attention's.
+    6. Born outside backward and optimizer, and alive when the next backward began: activations.
+    7. Dead by the end of the recording, or the recording was cut short by an exception: temporaries of its birth
        phase.
-    7. Else unattributed.
+    8. Else unattributed.
     """
     roles, modules = _Names(), _Names()
     modules[ROOT_MODULE]
@@ -239,15 +241,20 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: 
     activation = free & outside & (next_backward != NEVER) & (ledger.died > next_backward)
     in_backward = born_phase == PHASE_CODE[Phase.BACKWARD]
     recomputed = free & in_backward & (born_module != NO_MODULE) & (ledger.died > in_module_until)
-    temporary = free & ~activation & ~recomputed & ((ledger.died != NEVER) | cut_short)
+    generating = np.isin(born_phase, [PHASE_CODE[Phase.ROLLOUT], PHASE_CODE[Phase.EVALUATE]])
+    answer = free & generating & (born_module != NO_MODULE) & (ledger.died > in_module_until)
+    temporary = free & ~activation & ~recomputed & ~answer & ((ledger.died != NEVER) | cut_short)
 
-    category[activation | recomputed] = CATEGORY_CODE[Category.ACTIVATIONS]
+    category[activation | recomputed | answer] = CATEGORY_CODE[Category.ACTIVATIONS]
     category[temporary] = CATEGORY_CODE[Category.TEMPORARIES]
     kinds = ["logits", *timeline.activation_roles]  # outside every module, what feeds the backward is the loss's own
     kind_code = np.array([roles[role(Category.ACTIVATIONS, kind)] for kind in kinds], np.int64)
-    input_like = np.isin(born_phase, [PHASE_CODE[Phase.IDLE], PHASE_CODE[Phase.FORWARD]]) & (born_module == NO_MODULE)
+    input_like = (born_phase != PHASE_CODE[Phase.LOSS]) & (born_module == NO_MODULE)
     role_code[activation] = kind_code[born_module[activation] + 1]
     role_code[activation & input_like] = roles[role(Category.ACTIVATIONS, "other")]
+    cache_kinds = ["kv_cache" if kind == "attention" else kind for kind in kinds]
+    cache_code = np.array([roles[role(Category.ACTIVATIONS, kind)] for kind in cache_kinds], np.int64)
+    role_code[answer] = cache_code[born_module[answer] + 1]
     role_code[recomputed] = roles[role(Category.ACTIVATIONS, "recomputed")]
     phase_role = np.array([roles[role(Category.TEMPORARIES, phase.value)] for phase in PHASES], np.int64)
     role_code[temporary] = phase_role[born_phase[temporary]]

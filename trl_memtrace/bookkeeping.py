@@ -191,6 +191,13 @@ def step_record(
     )
 
 
+def books_of_step(books: Books, start: int, end: int) -> Books:
+    """The books of several steps, seen for one of them: between two instants."""
+    spans = [Span(span.phase, max(span.start, start), min(span.end, end)) for span in books.spans]
+    kept = [span for span in spans if span.end > span.start or (span.end == span.start == end)]
+    return replace(books, spans=tuple(kept))
+
+
 def peak_at(books: Books, allocator: Int64Array, instant: int, phase: Phase) -> Peak:
     """What was alive at an instant, in full."""
     modules = fold_modules(books.modules_at(instant), MAX_MODULES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import os
 import weakref
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
+from .budget import Budget, OnLimit
+from .categories import Phase
 from .errors import warn
 from .phases import COMPILED_CHILD
 from .ranks import Ranks, wait_for_ends
@@ -24,6 +25,7 @@ from .sinks import Sink
 from .sinks.jsonl import JsonlSink
 from .step_books import StepBooks, peak_books_path
 from .tracer import MemoryTracer, TracePolicy
+from .trainer_watch import calling_trainer, other_models, watch_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ _FOLLOW_TRAINER = "trainer"
 _PATIENCE_SECONDS = 5.0
 """How long rank 0 waits at the end for the last line of the others' records; not at all after a failure."""
 
+_TRACED_PREDICTIONS = 8
+"""How many batches of an evaluation are traced: the books of a whole one would take too much memory themselves."""
 _active: weakref.WeakKeyDictionary[Any, MemTrace] = weakref.WeakKeyDictionary()
 """Which MemTrace watches which model."""
 
@@ -73,6 +77,11 @@ class MemTrace(TrainerCallback):
         report: whether to write ``report.html`` beside the record at the end, for people to look at. Only the main
             process writes it, after training.
 
+        limit: the most that a step may hold: ``"40GiB"``, or bytes; None for any amount. It is held against every step
+            that is traced and, where the allocator has a counter, against every other.
+        on_limit: what to do about a step that holds more: ``"warn"``, ``"stop"`` (end training after this step) or
+            ``"save_and_stop"``.
+
     Raises:
         ValueError: an argument has a value that it cannot take.
     """
@@ -86,6 +95,8 @@ class MemTrace(TrainerCallback):
         report_to: str | Sequence[str] = _FOLLOW_TRAINER,
         print_table: bool | None = None,
         report: bool = True,
+        limit: int | str | None = None,
+        on_limit: str = OnLimit.WARN.value,
     ) -> None:
         self._policy = TracePolicy(first_steps, every_n_steps, new_highs)
         self._output_dir = _checked_folder(output_dir)
@@ -94,6 +105,9 @@ class MemTrace(TrainerCallback):
             raise ValueError(f"print_table must be True, False or None, not {print_table!r}")
         if report not in (True, False):
             raise ValueError(f"report must be True or False, not {report!r}")
+        self._budget = Budget.of(limit, on_limit)
+        self._over_limit: str | None = None
+        self._limit_told = False
         self._print_table = print_table
         self._report = report
         self._tracer: MemoryTracer | None = None
@@ -104,7 +118,8 @@ class MemTrace(TrainerCallback):
         self._run: RunTrace | None = None
         self._path: Path | None = None
         self._table_wanted = self._page_wanted = False
-        self._unwatch_loop: Callable[[], None] | None = None
+        self._unwatch: Callable[[], None] | None = None
+        self._predictions = 0
 
     @property
     def run(self) -> RunTrace:
@@ -123,7 +138,8 @@ class MemTrace(TrainerCallback):
     @_never_costs_the_run
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._switch_off()
-        trainer = _calling_trainer(state)
+        self._over_limit, self._limit_told = None, False
+        trainer = calling_trainer(state)
         other = _active.get(model)
         if other is not None and (trainer is None or other in trainer.callback_handler.callbacks):
             warn("this trainer has a MemTrace already; the second one is switched off")
@@ -141,13 +157,13 @@ class MemTrace(TrainerCallback):
             policy=self._policy,
             header=header,
             on_record=self._take,
-            others=_other_models(trainer, model),
+            others=other_models(trainer, model),
             wrapper=getattr(trainer, "model_wrapped", None),
         )
         chosen = self._print_table
         self._table_wanted = state.is_world_process_zero and (not args.disable_tqdm if chosen is None else chosen)
         self._page_wanted = state.is_world_process_zero and self._report
-        self._unwatch_loop = _watch_loop(trainer, self)
+        self._unwatch = watch_trainer(trainer, self)
         self._tell_sinks(lambda sink: sink.open(header))
 
     @_never_costs_the_run
@@ -160,10 +176,17 @@ class MemTrace(TrainerCallback):
 
     @_never_costs_the_run
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._tracer is not None:
-            self._tracer.end_step()
-            if control.should_log:  # the trainer logs next: our metrics go with its own
-                self._log_pending(state.global_step)
+        record = self._tracer.end_step() if self._tracer is not None else None
+        if self._budget is not None:
+            self._hold_to_limit(self._budget, record, args, control)
+        if self._tracer is not None and control.should_log:  # the trainer logs next: our metrics go with its own
+            self._log_pending(state.global_step)
+
+    @_never_costs_the_run
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._predictions += 1
+        if self._tracer is not None and self._predictions == _TRACED_PREDICTIONS:
+            self._tracer.end_phase(early=True)
 
     @_never_costs_the_run
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -175,8 +198,24 @@ class MemTrace(TrainerCallback):
 
     def _take(self, record: StepRecord) -> None:
         self._tell_sinks(lambda sink: sink.step(record))
+        if self._budget is not None and record.peak.bytes is not None:
+            self._over_limit = self._over_limit or self._budget.exceeded(record.step, record.peak.bytes, record.peak)
         if record.traced and (self._pending is None or _bytes(record.peak) >= _bytes(self._pending.peak)):
             self._pending = record
+
+    def _hold_to_limit(self, budget: Budget, record: StepRecord | None, args: Any, control: Any) -> None:
+        """Say, and do, what was asked for where a step has held more than the limit. What was traced after a step is
+        held against it when the next one ends. Every process comes here in every step."""
+        counted = self._tracer.counted_peak_bytes if self._tracer is not None else None
+        if record is not None and not record.traced and counted is not None:
+            self._over_limit = self._over_limit or budget.exceeded(record.step, counted, record.peak)
+        over, self._over_limit = self._over_limit, None
+        if over is not None and not self._limit_told:
+            self._limit_told = True
+            warn(over)
+        if budget.on_limit is not OnLimit.WARN and _any_process(over is not None, args):
+            control.should_training_stop = True
+            control.should_save = control.should_save or budget.on_limit is OnLimit.SAVE_AND_STOP
 
     def _log_pending(self, global_step: int) -> None:
         record, self._pending = self._pending, None
@@ -191,6 +230,25 @@ class MemTrace(TrainerCallback):
                 self._tell_sinks(lambda sink: sink.fail(failure))
             self._finish(failure)
         self._switch_off()
+
+    @_never_costs_the_run
+    def phase_begins(self, phase: Phase) -> None:
+        """The trainer evaluates, or saves."""
+        self._predictions = 0
+        if self._tracer is not None:
+            self._tracer.begin_phase(phase)
+
+    @_never_costs_the_run
+    def phase_ends(self) -> None:
+        """It has done so."""
+        if self._tracer is not None:
+            self._tracer.end_phase()
+
+    @_never_costs_the_run
+    def batch_ready(self, batch: Any) -> None:
+        """The trainer has a batch to train on, with all that it has computed beforehand."""
+        if self._tracer is not None:
+            self._tracer.claim_batch(batch)
 
     @_never_costs_the_run
     def taken_off(self) -> None:
@@ -235,9 +293,9 @@ class MemTrace(TrainerCallback):
         if tracer is not None:
             tracer.close()
         self._begin = self._summary = None
-        if self._unwatch_loop is not None:
-            self._unwatch_loop()
-            self._unwatch_loop = None
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
         for model in [model for model, callback in _active.items() if callback is self]:
             del _active[model]
         self._sinks = []
@@ -322,62 +380,21 @@ def _tracker_sinks(
             yield trackers.TrackerSink(send)
 
 
-def _calling_trainer(state: Any) -> Any:
-    """The Trainer that is calling: no event hands it over, but it is on the stack. None where something else calls."""
-    from transformers import Trainer
+def _any_process(flag: bool, args: Any) -> bool:
+    """Whether it is so in any of the processes that train together: they can only stop together."""
+    import torch
 
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and caller.state is state:
-            return caller
-        frame = frame.f_back
-    return None
+    if args.world_size < 2 or not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def _as_called(model: Any, trainer: Any) -> Any:
     """What the trainer calls: the compiled model, whose insides must not be hooked, where it has compiled one."""
     wrapped = getattr(trainer, "model_wrapped", None)
     return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
-
-
-def _watch_loop(trainer: Any, callback: MemTrace) -> Callable[[], None] | None:
-    """Have the callback told when training ends in an exception, of which callbacks are not told, and when it has
-    ended after the callback was taken off. Returns what undoes it."""
-    if trainer is None:
-        return None
-    handler = trainer.callback_handler
-    loop = "_run_epoch" if hasattr(trainer, "_run_epoch") else "training_step"
-
-    def watch(owner: Any, name: str) -> Callable[[], None]:
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            try:
-                result = original(*args, **kwargs)
-            except BaseException as problem:
-                callback.training_failed(problem)
-                raise
-            if name == loop and callback not in handler.callbacks:
-                callback.taken_off()
-            return result
-
-        def undo() -> None:
-            if vars(owner).get(name) is watched:
-                delattr(owner, name)
-
-        setattr(owner, name, watched)
-        return undo
-
-    places = [(trainer, loop), (handler, "call_event")]
-    undos = [watch(owner, name) for owner, name in places if hasattr(owner, name) and name not in vars(owner)]
-
-    def undo_all() -> None:
-        for undo in undos:
-            undo()
-
-    return undo_all
 
 
 def _checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:
@@ -403,16 +420,6 @@ def _checked_report_to(report_to: str | Sequence[str]) -> str | list[str]:
     if not isinstance(names, (list, tuple)) or any(name not in allowed for name in names):
         raise ValueError(f"report_to must be 'trainer', 'none' or some of {', '.join(allowed[1:])}, not {report_to!r}")
     return list(names)
-
-
-def _other_models(trainer: Any, model: Any) -> dict[str, Any]:
-    """What else a trainer keeps in memory: reference, reward, value and teacher models, by the names it has for
-    them."""
-    from torch import nn
-
-    known = {id(model), id(getattr(trainer, "model_wrapped", None))}
-    found = {name: value for name, value in vars(trainer).items() if isinstance(value, nn.Module)} if trainer else {}
-    return {name: value for name, value in found.items() if id(value) not in known}
 
 
 def _bytes(peak: Peak) -> int:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from .callback import _as_called, _other_models
+from .callback import _as_called
 from .run_info import describe_run
 from .tracer import MemoryTracer
+from .trainer_watch import other_models
 
 if TYPE_CHECKING:
     from .dryrun import DryRun
@@ -28,7 +29,7 @@ class DryTrace(TrainerCallback):
         if self._tracer is None:
             header = describe_run(args, model, self._trainer, {})
             self._tracer = MemoryTracer(
-                _as_called(model, self._trainer), optimizer, header=header, others=_other_models(self._trainer, model)
+                _as_called(model, self._trainer), optimizer, header=header, others=other_models(self._trainer, model)
             )
         self._tracer.begin_step(state.global_step + 1, optimizer)
 

@@ -19,6 +19,8 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "conf
 _PLAIN_TYPES = (str, bytes, int, float, complex, bool, type(None), nn.Module, torch.dtype, torch.device)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _MAX_DEPTH = 4
+_WRAPPED_BY_PEFT = ("base_layer", "original_module")
+_REFERENCE_ADAPTER = ".ref"  # what TRL calls the frozen copy of an adapter that is trained further
 
 _APART = 1 << 48
 
@@ -99,10 +101,15 @@ class Owners:
         self._shards = Shards(model, wrapper, optimizer)
         self._parameters: list[nn.Parameter] = []
         self._extras: list[tuple[torch.Tensor, int]] = []
+        self._standing: set[int] = set()  # addresses of the parameters
         self._place: dict[int, tuple[str, str]] = {}  # by id of a parameter: its module's name, and what kind it is
         self._walk(model)
         for name, other in (others or {}).items():
             self._keep(name, other)
+
+    def use(self, optimizer: Any) -> None:
+        """Another optimizer is stepped from here on."""
+        self._optimizer = inner_optimizer(optimizer)
 
     def weights(self, time_ns: int) -> Iterator[Found]:
         """Parameters, buffers, and what quantization keeps beside them."""
@@ -111,8 +118,18 @@ class Owners:
         gathered = self._shared(time_ns)
         for parameter in self._parameters:
             rows = self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
+            self._standing.update(row[1] for row, _ in rows)
             yield from (found for found in rows if found[0][1] not in gathered)
         yield from self._held(time_ns, Category.WEIGHTS)
+
+    def moved_weights(self, time_ns: int) -> Iterator[Found]:
+        """Trained parameters that have other storages than when ``weights`` was asked: some are given new ones in each
+        forward."""
+        known = self._standing.union(self._shared(time_ns))
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                rows = self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
+                yield from (found for found in rows if found[0][1] not in known)
 
     def gradients(self, time_ns: int) -> Iterator[Found]:
         """The ``.grad`` of every parameter that has one."""
@@ -176,10 +193,13 @@ class Owners:
             yield from self._found(time_ns, held)
 
     def inputs(self, time_ns: int, batch: Any) -> Iterator[Found]:
-        """The tensors that the model is called with."""
-        number = self._number(Category.INPUTS, "batch", ROOT_MODULE)
-        for tensor in tensors_in(batch):
-            yield from self._rows(time_ns, tensor, number)
+        """The tensors of a batch, or of the arguments that the model is called with: what was computed beforehand is
+        told apart by its name."""
+        named = batch.items() if isinstance(batch, Mapping) else [("", batch)]
+        for name, value in named:
+            number = self._number(Category.INPUTS, input_role(str(name)), ROOT_MODULE)
+            for tensor in tensors_in(value):
+                yield from self._rows(time_ns, tensor, number)
 
     def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> list[Found]:
         plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
@@ -219,19 +239,27 @@ class Owners:
     def _walk(self, model: nn.Module) -> None:
         adapters: set[str] = set()
         sharded = self._shards.local_form()
+        under_peft = False
         for wrapped_name, module in model.named_modules():
             name = module_name(wrapped_name)
+            under_peft = under_peft or "peft_config" in vars(module)  # then what is trained is an adapter's
             parent = name.rpartition(".")[0]
             adapter = name in adapters or parent in adapters or name.split(".", 1)[0] == "prompt_encoder"
             if adapter:
                 adapters.add(name)
-            # PEFT's tuner layers say themselves which of their attributes are the adapter's.
-            for attribute in getattr(type(module), "adapter_layer_names", ()):
-                adapters.add(f"{name}.{attribute}" if name else attribute)
+            # PEFT's tuner layers say themselves which of their attributes are the adapter's; of their parts all but
+            # what they wrap is.
+            declared = getattr(type(module), "adapter_layer_names", None)
+            if declared is not None:
+                parts = set(module._modules).difference(_WRAPPED_BY_PEFT).union(declared)
+                adapters.update(f"{name}.{part}" if name else part for part in parts)
             for present in module._parameters.values():
                 parameter = sharded.get(id(present), present)
                 if parameter is not None and id(parameter) not in self._place:
-                    kind = "adapter" if adapter else "trainable" if parameter.requires_grad else "frozen"
+                    trained = "adapter" if under_peft else "trainable"
+                    kind = "adapter" if adapter else trained if parameter.requires_grad else "frozen"
+                    if adapter and not parameter.requires_grad and name.endswith(_REFERENCE_ADAPTER):
+                        kind = "reference"
                     self._place[id(parameter)] = name, kind
                     self._parameters.append(parameter)
                     if type(parameter) not in _PLAIN_TENSORS:
@@ -242,9 +270,9 @@ class Owners:
             self._add_extras(name, "quant_state" if quantized else "buffer", own)
 
     def _keep(self, name: str, other: nn.Module) -> None:
-        """A model that is only used: whatever it holds that the trained one does not is a reference."""
+        """A model that is only used: whatever it holds that the trained one does not is its own."""
         own = {id(parameter) for parameter in self._parameters}
-        number = self._number(Category.WEIGHTS, "reference", name)
+        number = self._number(Category.WEIGHTS, other_model_role(name), name)
         for tensor in (*other.parameters(), *other.buffers()):
             if id(tensor) not in own:
                 self._extras.append((tensor, number))
@@ -255,6 +283,21 @@ class Owners:
                 for tensor in tensors_in(value):
                     if not tensor.requires_grad:
                         self._extras.append((tensor, self._number(Category.WEIGHTS, kind, module)))
+
+
+def input_role(name: str) -> str:
+    """What a tensor of a batch is, by its name: the log-probabilities of the reference model, those of the policy
+    (``logps``), the ``logits`` of a teacher, computed beforehand; else ``batch``."""
+    name = name.lower()
+    if "logp" in name:
+        return "reference_logps" if "ref" in name else "logps"
+    return "logits" if "logit" in name else "batch"
+
+
+def other_model_role(name: str) -> str:
+    """What a model that is kept beside the trained one is for, by the name that its trainer has for it: ``reward``,
+    ``teacher``, ``value``, else ``reference``."""
+    return next((kind for kind in ("reward", "teacher", "value") if kind in name.lower()), "reference")
 
 
 def activation_role(name: str, module: nn.Module, is_head: bool) -> str:

@@ -6,7 +6,8 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ COMPILED_CHILD = "_orig_mod"
 """The name under which what ``torch.compile`` returned holds the model it compiled."""
 
 
-_ENGINE = "_engine_run_backward"
+OTHER_MODELS_ROLE = "logits"
+"""What outlives the forward of a model that is only used: its answer."""
 
 
 class Hook:
@@ -62,41 +64,50 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or compiled_forward
 
 
-class _BackwardWatch:
-    """Tells listeners when autograd begins and ends a backward pass.
+class _CallWatch:
+    """Tells listeners when a function of somebody else's begins and ends, where there is no hook that says so.
 
-    There is no public hook for this: a hook on the loss would miss a loss made after the model's forward, and full
-    backward hooks change the graph. Every backward, that of reentrant checkpointing too, goes through
-    ``torch.autograd._engine_run_backward``; it is wrapped while anybody listens and put back after.
+    The function is wrapped while anybody listens, and put back after.
+
+    Args:
+        find: the object that holds the function now, None where there is none.
+        name: the function's name in it.
     """
 
-    def __init__(self) -> None:
-        self._listeners: list[tuple[int, Callable[[bool], None]]] = []
+    def __init__(self, find: Callable[[], Any], name: str) -> None:
+        self._find = find
+        self._name = name
+        self._listeners: list[tuple[int, weakref.WeakMethod[Callable[[bool], None]]]] = []
         self._original: Callable[..., Any] | None = None
         self._lock = threading.Lock()
 
     def add(self, listener: Callable[[bool], None]) -> None:
-        """Call ``listener(True)`` when a backward of this thread begins, ``listener(False)`` when it has ended."""
+        """Call ``listener(True)`` when a call from this thread begins, ``listener(False)`` when it has ended. It is a
+        method, whose object is not kept alive."""
         with self._lock:
-            self._listeners.append((threading.get_ident(), listener))
-            if self._original is None and hasattr(torch.autograd, _ENGINE):
-                self._original = getattr(torch.autograd, _ENGINE)
-                setattr(torch.autograd, _ENGINE, self._wrap(self._original))
+            self._listeners.append((threading.get_ident(), weakref.WeakMethod(listener)))
+            owner = self._find()
+            if self._original is None and self._name in vars(owner or object):
+                self._original = vars(owner)[self._name]
+                setattr(owner, self._name, self._wrap(self._original))
 
     def remove(self, listener: Callable[[bool], None]) -> None:
         """Stop calling a listener; one that is not there is passed over."""
         with self._lock:
-            self._listeners = [row for row in self._listeners if row[1] != listener]
-            current = getattr(torch.autograd, _ENGINE, None)
-            if not self._listeners and self._original is not None and getattr(current, "_memtrace", None) is self:
-                setattr(torch.autograd, _ENGINE, self._original)
+            self._listeners = [row for row in self._listeners if row[1]() not in (listener, None)]
+            if self._listeners or self._original is None:
+                return
+            owner = self._find()
+            if getattr(getattr(owner, self._name, None), "_memtrace", None) is self:
+                setattr(owner, self._name, self._original)
                 self._original = None
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             thread = threading.get_ident()
-            listening = [listener for ident, listener in self._listeners if ident == thread]
+            alive = ((ident, method()) for ident, method in self._listeners)
+            listening = [listener for ident, listener in alive if ident == thread and listener is not None]
             for listener in listening:
                 listener(True)
             try:
@@ -105,11 +116,19 @@ class _BackwardWatch:
                 for listener in listening:
                     listener(False)
 
-        engine_run_backward._memtrace = self  # type: ignore[attr-defined]
-        return engine_run_backward
+        watched._memtrace = self  # type: ignore[attr-defined]
+        return watched
 
 
-backward_watch = _BackwardWatch()
+backward_watch = _CallWatch(lambda: torch.autograd, "_engine_run_backward")
+"""Backward passes. A hook on the loss would miss a loss made after the model's forward, and full backward hooks change
+the graph; every backward, that of reentrant checkpointing too, goes through this function."""
+
+generate_watch = _CallWatch(
+    lambda: getattr(sys.modules.get("transformers.generation.utils"), "GenerationMixin", None), "generate"
+)
+"""Generation by any transformers model. The class is watched, not a model: an attribute of a model would go with its
+copies."""
 
 
 def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,10 +170,12 @@ class PhaseWatch:
     Args:
         model: what runs forward; what ``torch.compile`` returned, where it is compiled.
         optimizer: its optimizer, or None.
-        on_inputs: called with (args, kwargs) when the model itself is called, outside backward.
+        others: further models that run forward, such as a reference model, by name.
+        on_inputs: called with (args, kwargs) when the model itself is called, outside backward and generation.
         on_backward_end: called when a backward pass has ended.
         on_optimizer_begin, on_optimizer_end: called around ``optimizer.step``.
         on_collective: told of transfers between ranks.
+        on_too_many: called where more forwards begin than ``forwards_left`` allows.
         clock: nanoseconds, as the recorder counts them.
     """
 
@@ -163,27 +184,35 @@ class PhaseWatch:
         model: nn.Module,
         optimizer: Any,
         *,
+        others: Mapping[str, nn.Module] | None = None,
         on_inputs: Callable[[Any], None],
         on_backward_end: Callable[[], None],
         on_optimizer_begin: Callable[[], None],
         on_optimizer_end: Callable[[], None],
+        on_too_many: Callable[[], None],
         on_collective: CollectiveListener = does_nothing,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._model = model
         self._optimizer = inner_optimizer(optimizer)
+        self._others = dict(others or {})
         self._on_inputs = on_inputs
         self._on_backward_end = on_backward_end
         self._on_optimizer_begin = on_optimizer_begin
         self._on_optimizer_end = on_optimizer_end
         self._on_collective = on_collective
+        self._on_too_many = on_too_many
+        self.forwards_left: int | None = None
+        """How many forwards may begin from here on; None for any number."""
         self._clock = clock
         self._handles: list[Any] = []
         self._names: list[str] = []
         self._stack: list[int] = []
         self._backward_depth = 0
         self._optimizer_depth = 0
+        self._generate_depth = 0
         self._resting = Phase.IDLE  # what is under way between forward and backward: nothing, or the optimizer's step
+        self._outer: Phase | None = None  # what all is part of, whichever forward runs: evaluation, a rollout
         self.enter_root: Callable[..., None] = does_nothing
         """What the model's own pre-hook does; to be called where the hooks are installed as the model is being
         called."""
@@ -217,20 +246,38 @@ class PhaseWatch:
                 break
         if not self._names:  # compiled as a whole: all until the backward is its forward
             self._enter(Phase.FORWARD)
+        for name, other in self._others.items():
+            if not is_compiled(other):
+                self._hook_module(len(self._names), name, other)
         backward_watch.add(self._backward)
         collective_watch.add(self._collective)
-        if self.sees_optimizer:
-            self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))
-            self._handles.append(self._optimizer.register_step_post_hook(self._optimizer_end))
+        generate_watch.add(self._generate)
+        self._hook_optimizer()
 
     def remove(self) -> None:
         """Take every hook away again."""
         backward_watch.remove(self._backward)
         collective_watch.remove(self._collective)
+        generate_watch.remove(self._generate)
         for handle in self._handles:
             with suppress(Exception):
                 handle.remove()
         self._handles.clear()
+        self._others.clear()
+        # These hold this object, or whoever holds it: nothing is to wait for the garbage collector.
+        self.enter_root = self._on_inputs = self._on_collective = does_nothing
+        self._on_backward_end = self._on_optimizer_begin = self._on_optimizer_end = self._on_too_many = does_nothing
+
+    def use(self, optimizer: Any) -> None:
+        """Another optimizer is stepped from here on, beside those before it."""
+        if inner_optimizer(optimizer) is not self._optimizer:
+            self._optimizer = inner_optimizer(optimizer)
+            self._hook_optimizer()
+
+    def _hook_optimizer(self) -> None:
+        if self.sees_optimizer:
+            self._handles.append(self._optimizer.register_step_pre_hook(self._optimizer_begin))
+            self._handles.append(self._optimizer.register_step_post_hook(self._optimizer_end))
 
     def timeline(self, roles: dict[str, str] | None = None) -> Timeline:
         """What was seen so far."""
@@ -241,22 +288,32 @@ class PhaseWatch:
             module_ns=self._module_ns,
             module=self._modules,
             module_names=self._names,
-            activation_roles=[known.get(name, "other") for name in self._names],
+            activation_roles=[known.get(name, OTHER_MODELS_ROLE) for name in self._names],
             transfer_ns=self._transfer_ns,
             transfer=self._transfer,
         )
 
+    def begin(self, phase: Phase) -> None:
+        """Everything from here on is part of a phase, whatever runs in it."""
+        self._outer = phase
+        self._enter(phase)
+
+    def end(self) -> None:
+        """The phase that was begun has ended."""
+        self._outer = None
+        self._enter(self._resting)
+
     def _hook_module(self, number: int, name: str, module: nn.Module) -> None:
         self._names.append(name)
         stack, times, modules, clock = self._stack, self._module_ns, self._modules, self._clock
-        is_root = number == 0
+        is_root = module is self._model
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if torch.compiler.is_compiling():
                 return
             if not stack and not self._backward_depth:
-                self._enter(Phase.FORWARD)
-                if is_root:
+                self._enter_forward()
+                if is_root and not self._generate_depth:
                     self._on_inputs((args, kwargs))
             stack.append(number)
             times.append(clock())
@@ -270,7 +327,7 @@ class PhaseWatch:
                 pass
             times.append(clock())
             modules.append(stack[-1] if stack else NO_MODULE)
-            if not stack and not self._backward_depth:
+            if not stack and not self._backward_depth and self._outer is None:
                 self._enter(Phase.LOSS)
 
         if is_root:
@@ -288,6 +345,23 @@ class PhaseWatch:
         module = self._names[self._stack[-1]] if self._stack else ""
         self._sighting = Sighting(id(problem), self._phase, module, self._clock())
 
+    def _enter_forward(self) -> None:
+        if self.forwards_left is not None:
+            self.forwards_left -= 1
+            if self.forwards_left < 0:
+                self._on_too_many()
+                return
+        if self._outer is Phase.ROLLOUT and torch.is_grad_enabled():  # what was rolled out is now trained on
+            self._outer = None
+        if self._outer is None:
+            self._enter(Phase.FORWARD)
+
+    def _generate(self, begins: bool) -> None:
+        """A rollout lasts from generation to the first forward that is to be trained on: scoring is part of it."""
+        self._generate_depth += 1 if begins else -1
+        if begins and self._outer is None and not self._backward_depth:
+            self.begin(Phase.ROLLOUT)
+
     def _enter(self, phase: Phase) -> None:
         self._phase = phase
         self._phases.append(phase)
@@ -297,13 +371,15 @@ class PhaseWatch:
         if begins:
             self._backward_depth += 1
             if self._backward_depth == 1:
+                if self._outer is Phase.ROLLOUT:
+                    self._outer = None
                 self._enter(Phase.BACKWARD)
             return
         self._look()
         self._backward_depth -= 1
         if self._backward_depth == 0:
             self._on_backward_end()
-            self._enter(Phase.FORWARD if self._stack else self._resting)
+            self._enter(self._outer or (Phase.FORWARD if self._stack else self._resting))
 
     def _collective(self, begins: bool, detail: str, subject: Any) -> None:
         if detail == WHOLE_BACKWARD:
@@ -323,6 +399,7 @@ class PhaseWatch:
             self._on_collective(begins, detail, subject)
 
     def _optimizer_begin(self, optimizer: Any, *_: Any) -> None:
+        self._outer = None
         self._on_optimizer_begin()
         self._optimizer_depth += 1  # DeepSpeed steps its inner optimizer once for each group, in a step of its own
         if self._optimizer_depth == 1:

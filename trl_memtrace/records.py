@@ -9,12 +9,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .categories import CATEGORIES, Category, Phase
 from .errors import RecordError
+from .units import format_bytes
 
 if TYPE_CHECKING:
     import pandas
@@ -172,6 +173,63 @@ class StepRecord:
             tracing_seconds=float(data.get("tracing_seconds", 0.0)),
         )
 
+    def followed_by(self, later: StepRecord) -> StepRecord:
+        """The step with what was traced after it and before the next, such as an evaluation. Where the same phase was
+        traced before, the one that held more stays."""
+        phases = {name: phase for name, phase in self.phases.items() if name not in later.phases}
+        for name, phase in later.phases.items():
+            before = self.phases.get(name)
+            phases[name] = before if before is not None and before.peak_bytes > phase.peak_bytes else phase
+        return replace(
+            self,
+            traced=self.traced or later.traced,
+            phases=phases,
+            peak=later.peak if (later.peak.bytes or 0) > (self.peak.bytes or 0) else self.peak,
+            reserved_bytes=_largest(self.reserved_bytes, later.reserved_bytes),
+            tracing_seconds=self.tracing_seconds + later.tracing_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Memory that rises from step to step.
+
+    Attributes:
+        category: what most of it is.
+        module: to which module most of that belongs, ``""`` where to none.
+        since_step: the step in which it began, as far as is known.
+        bytes_per_step: by how much it rises.
+    """
+
+    category: str
+    module: str
+    since_step: int
+    bytes_per_step: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "category": self.category,
+            "module": self.module,
+            "since_step": self.since_step,
+            "bytes_per_step": self.bytes_per_step,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Growth:
+        return cls(
+            category=str(data["category"]),
+            module=str(data["module"]),
+            since_step=_integer(data["since_step"]),
+            bytes_per_step=_integer(data["bytes_per_step"]),
+        )
+
+    def __str__(self) -> str:
+        whose = f"{self.category.replace('_', ' ')} of {self.module}" if self.module else self.category
+        return (
+            f"memory rises by {format_bytes(self.bytes_per_step)} a step since step {self.since_step}: {whose};"
+            f" {format_bytes(1000 * self.bytes_per_step)} in 1,000 steps"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
@@ -298,6 +356,7 @@ class Summary:
         worst: the step that held most, of those traced; of those counted when none was.
         worst_phases: of every phase its worst record.
         last: the last traced step.
+        growth: memory that was found to rise from step to step.
     """
 
     header: RunHeader = field(default_factory=RunHeader)
@@ -313,6 +372,7 @@ class Summary:
     allocated_peak_bytes: int | None = None
     context_bytes: int | None = None
     process_peak_bytes: int | None = None
+    growth: Growth | None = None
 
     def add(self, record: StepRecord) -> None:
         """Take one more step into account."""
@@ -320,6 +380,17 @@ class Summary:
         self.traced_steps += record.traced
         self.seconds += record.seconds
         self.tracing_seconds += record.tracing_seconds
+        self._look_at(record)
+
+    def amend(self, record: StepRecord, amended: StepRecord) -> None:
+        """A step that was added has become another, with what was traced after it."""
+        self.traced_steps += amended.traced - record.traced
+        self.tracing_seconds += amended.tracing_seconds - record.tracing_seconds
+        if self.worst is record:
+            self.worst = amended
+        self._look_at(amended)
+
+    def _look_at(self, record: StepRecord) -> None:
         self.reserved_end_bytes = record.reserved_bytes
         self.reserved_peak_bytes = _largest(self.reserved_peak_bytes, record.reserved_bytes)
         self.allocated_peak_bytes = _largest(self.allocated_peak_bytes, record.peak.allocator_bytes)
@@ -363,6 +434,7 @@ class Summary:
             "device": dict(self.header.device),
             "fits": None,
             "unattributed_bytes": self.peak.categories[Category.UNATTRIBUTED],
+            "growth": self.growth.to_json() if self.growth is not None else None,
             "seconds": round(self.seconds, 6),
             "tracing_seconds": round(self.tracing_seconds, 6),
         }
@@ -391,6 +463,7 @@ class RunTrace:
     context_bytes: int | None = None
     process_peak_bytes: int | None = None
     finished: bool = False
+    growth: Growth | None = None
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.steps)
@@ -406,7 +479,12 @@ class RunTrace:
     @property
     def summary(self) -> Summary:
         """The whole run in one."""
-        summary = Summary(self.header, context_bytes=self.context_bytes, process_peak_bytes=self.process_peak_bytes)
+        summary = Summary(
+            self.header,
+            context_bytes=self.context_bytes,
+            process_peak_bytes=self.process_peak_bytes,
+            growth=self.growth,
+        )
         for step in self.steps:
             summary.add(step)
         return summary
@@ -468,6 +546,7 @@ class RunTrace:
                 if kind == "run":
                     check_schema(data)
                     run.header, run.failure, run.finished = RunHeader.from_json(data), None, False
+                    run.growth = None
                     seen_header, resumed = True, seen_header
                 elif kind == "step":
                     step = StepRecord.from_json(data)
@@ -481,6 +560,7 @@ class RunTrace:
                     run.finished = True
                     run.context_bytes = _integer_or_none(data.get("context_bytes"))
                     run.process_peak_bytes = _integer_or_none(data.get("process_peak_bytes"))
+                    run.growth = Growth.from_json(data["growth"]) if data.get("growth") else None
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
                 run.damaged_lines += 1
         if not seen_header:

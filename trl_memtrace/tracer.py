@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import dryrun
 from .advice import suggest
-from .attribution import Claims
-from .bookkeeping import keep_books, last_allocation, peak_at, step_record
+from .attribution import Books, Claims
+from .bookkeeping import books_of_step, keep_books, last_allocation, peak_at, step_record
 from .categories import BUCKETS, Phase
 from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
+from .growth import FOLLOWED_STEPS, GrowthWatch, follow, rise_of
+from .ledger import Int64Array
 from .listeners import tell
 from .owners import Found, Owners, Row, activation_roles, tensors_in
-from .phases import COMPILED_CHILD, Hook, PhaseWatch, is_compiled
+from .phases import COMPILED_CHILD, Hook, PhaseWatch, generate_watch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
 from .recorders.counters import AcceleratorCounters, CountersRecorder
 from .recorders.fake import FakeRecorder
@@ -30,6 +36,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+
+_FORWARDS_BETWEEN_STEPS = 4
+"""Where steps are followed in one recording and more than these come between two, it is somebody's evaluation, whose
+books would take much memory themselves: the recording is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +100,8 @@ class MemoryTracer:
         policy: which steps to trace in full; every step when not given.
         header: what to say about the run in its record.
         others: further models that are kept in memory, such as a reference model, by name.
-        on_record: called with every step's record; when not given the records are kept, in ``run``.
+        on_record: called with every step's record, and once more where something was traced after the step and
+            before the next; when not given the records are kept, in ``run``.
         wrapper: what the model is called through, where that is not the model: DDP or a DeepSpeed engine.
 
     Known limits: only the thread that calls ``step`` is seen; modules inside a compiled model are not told apart.
@@ -111,10 +122,10 @@ class MemoryTracer:
         self._model = model = unwrapped(model)
         self._owned: nn.Module = model._modules.get(COMPILED_CHILD) or model
         self._optimizer = optimizer
-        self._others = dict(others or {})
+        self._others = {name: weakref.ref(other) for name, other in (others or {}).items()}
         self._policy = policy or TracePolicy(first_steps=0, every_n_steps=1)
         self._steps: list[StepRecord] = []
-        self._on_record = on_record or self._steps.append
+        self._on_record = on_record
         self.summary = Summary(header or RunHeader())
         self.failure: FailureRecord | None = None
         self.peak_books: StepBooks | None = None
@@ -126,10 +137,21 @@ class MemoryTracer:
         self._closed = False
         self._window: _Window | None = None
         self._number = 0
+        self._last: StepRecord | None = None
+        self._phase: Phase | None = None  # what is under way between two steps
+        self._phases_seen: Counter[Phase] = Counter()
+        self._rollouts_seen = False
+        self._rollout_in_step = False
+        self._rollouts_missed = False
+        self._growth = GrowthWatch()
+        self._followed: list[_Followed] | None = None  # the steps that are in one recording
+        self._unless_dropped: weakref.finalize[..., MemoryTracer] | None = None
+        self._batch_bytes = 0
         self._planned = False
         self._trace_next = False
         self._forwards = 0
         self._owners: Owners | None = None
+        self._owned_others: frozenset[str] = frozenset()
         self._began = 0.0
         self._tracing_seconds = 0.0
         self._size_hook: Any = None
@@ -149,11 +171,15 @@ class MemoryTracer:
         elif self._policy.may_miss and not self._recorder.sees_every_step and not is_compiled(model):
             hook = Hook(self._batch_seen)
             self._size_hook = model.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self._peak_before = self._recorder.peak_bytes() if self._recorder is not None else None
+        if not self._recorder_runs_always:
+            generate_watch.add(self._generates)
 
     @property
     def run(self) -> RunTrace:
         """The records kept so far, as one run."""
-        return RunTrace(header=self.summary.header, steps=list(self._steps), failure=self.failure)
+        steps = list(self._steps)
+        return RunTrace(header=self.summary.header, steps=steps, failure=self.failure, growth=self.summary.growth)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -181,15 +207,22 @@ class MemoryTracer:
             return
         if optimizer is not None:
             self._optimizer = optimizer
-        self.abandon_step()
+        if self._began or not self._followed:
+            self.abandon_step()
+        self._rollout_in_step = False
+        self._batch_bytes = 0
         self._seen += 1
         self._number = self._number + 1 if number is None else number
         self._began = time.perf_counter()
         self._tracing_seconds = 0.0
-        self._planned = self._policy.wants(self._seen) or self._trace_next
+        self._planned = self._policy.wants(self._seen) or self._trace_next or self._growth.wants_tracing
         self._trace_next = False
         self._forwards = 0
-        if self._planned or (self._recorder is not None and self._recorder.sees_every_step):
+        if self._window is not None:
+            self._window.use(self._optimizer)
+        elif self._growth.wants_following and not self._recorder_runs_always:
+            self._start_following()
+        elif self._planned or (self._recorder is not None and self._recorder.sees_every_step):
             self._start_window()
 
     def end_step(self) -> StepRecord | None:
@@ -198,18 +231,78 @@ class MemoryTracer:
             return None
         seconds = time.perf_counter() - self._began
         record: StepRecord | None = None
-        with self._timed(), self._guarded():
-            record = self._close_books(seconds)
+        if self._followed is None:
+            with self._timed(), self._guarded():
+                record = self._close_books(seconds)
         if record is None:
             reserved = self._recorder.reserved_bytes() if self._recorder is not None else None
             record = StepRecord(self._number, False, {}, Peak(), reserved, seconds)
         record = replace(record, tracing_seconds=self._tracing_seconds)
         self._began = 0.0
+        if record.traced:
+            self._rollouts_missed = self._rollouts_seen and not self._rollout_in_step
+        self._last = record
         self.summary.add(record)
-        self._on_record(record)
-        with self._guarded():
-            tell(record)
+        self._hand_over(record)
+        self._look_for_growth(record)
         return record
+
+    @contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Something that is no training: an evaluation, a rollout, saving. Inside a step it is a phase of the step;
+        after one it is traced by itself, as the policy says, and joins the record of the step before it."""
+        self.begin_phase(phase)
+        yield
+        self.end_phase()
+
+    def begin_phase(self, phase: Phase) -> None:
+        """A phase begins. One inside another is part of it."""
+        if self._closed:
+            return
+        if self._began:
+            if self._window is not None:
+                self._window.phases.begin(phase)
+        elif self._phase is None and self._last is not None:
+            self._end_following()
+            self._phase = phase
+            self._phases_seen[phase] += 1
+            self._tracing_seconds = 0.0
+            self._planned = self._policy.wants(self._phases_seen[phase]) or self._policy.wants(self._seen)
+            if self._planned or self._recorder_runs_always:
+                self._start_window()
+            if self._window is not None:
+                self._window.phases.begin(phase)
+
+    def end_phase(self, *, early: bool = False) -> None:
+        """The phase has ended.
+
+        Args:
+            early: it goes on, and has been traced for long enough.
+        """
+        if self._closed:
+            return
+        if self._began:
+            if self._window is not None and not early:
+                self._window.phases.end()
+        elif self._phase is not None and self._last is not None:
+            later: StepRecord | None = None
+            with self._timed(), self._guarded():
+                later = self._close_books(0.0, cut_short=early)
+            if later is not None:
+                later = replace(later, tracing_seconds=self._tracing_seconds)
+                record = self._last.followed_by(later)
+                self.summary.amend(self._last, record)
+                self._last = record
+                self._hand_over(record)
+            if not early:
+                self._phase = None
+
+    def claim_batch(self, batch: Any) -> None:
+        """A batch is about to be trained on: its tensors are inputs, whether or not the model is called with them."""
+        if self._began:
+            self._batch_bytes += sum(tensor.nbytes for tensor in tensors_in(batch))
+        if self._window is not None:
+            self._window.claim_inputs(batch)
 
     def fail(self, problem: BaseException) -> FailureRecord | None:
         """The step ended in an exception: what held the memory then. Whatever was installed for the step is removed.
@@ -217,7 +310,7 @@ class MemoryTracer:
         Returns:
             the record, which ``run.failure`` holds too; None where no step was under way.
         """
-        if self._closed or not self._began:
+        if self._closed or not (self._began or self._phase):
             return None
         self.failure = None
         with self._guarded():
@@ -229,6 +322,9 @@ class MemoryTracer:
     def abandon_step(self) -> None:
         """Forget the step under way: whatever was installed for it is removed, and it is not recorded."""
         self._began = 0.0
+        self._phase = self._followed = None
+        if self._unless_dropped is not None:
+            self._unless_dropped.detach()
         window, self._window = self._window, None
         if window is not None:
             window.abandon()
@@ -237,8 +333,11 @@ class MemoryTracer:
         """Remove every hook and let go of the model. What was recorded stays."""
         if self._closed:
             return
+        if not self._began:
+            self._end_following()
         self.abandon_step()
         self._closed = True
+        generate_watch.remove(self._generates)
         if self._size_hook is not None:
             self._size_hook.remove()
             self._size_hook = None
@@ -247,22 +346,114 @@ class MemoryTracer:
             self._recorder = None
         del self._model, self._wrapper, self._owned, self._optimizer, self._owners, self._others
 
+    @property
+    def counted_peak_bytes(self) -> int | None:
+        """The most that training has held by the allocator's own counter; None where it has none, or has held more
+        before."""
+        peak = self._recorder.peak_bytes() if self._recorder is not None else None
+        return peak if peak is not None and peak > (self._peak_before or 0) else None
+
+    @property
+    def _recorder_runs_always(self) -> bool:
+        return self._recorder is not None and self._recorder.sees_every_step
+
+    def _hand_over(self, record: StepRecord) -> None:
+        (self._on_record or self._keep)(record)
+        with self._guarded():
+            tell(record)
+
+    def _keep(self, record: StepRecord) -> None:
+        for place in range(len(self._steps) - 1, max(len(self._steps) - 1 - FOLLOWED_STEPS, -1), -1):
+            if self._steps[place].step == record.step:
+                self._steps[place] = record
+                return
+        self._steps.append(record)
+
+    def _look_for_growth(self, record: StepRecord) -> None:
+        with self._timed(), self._guarded():
+            level = self._recorder.allocated_bytes() if self._recorder is not None else None
+            if level is not None:
+                self._growth.step(record.step, level - self._batch_bytes)
+            if self._followed is not None and self._recorder is not None:
+                self._followed.append(_Followed(record, self._recorder.clock(), self._planned))
+                if self._window is not None:
+                    self._window.phases.forwards_left = _FORWARDS_BETWEEN_STEPS
+                if len(self._followed) == FOLLOWED_STEPS:
+                    self._end_following()
+        self._tell_growth()
+
+    def _amend_followed(self, counted: StepRecord, books: Books, allocator: Int64Array) -> None:
+        traced = step_record(counted.step, books, allocator, counted.seconds, counted.reserved_bytes)
+        traced = replace(traced, tracing_seconds=counted.tracing_seconds)
+        self.summary.amend(counted, traced)
+        if self._last is counted:
+            self._last = traced
+        self._hand_over(traced)
+
+    def _tell_growth(self) -> None:
+        if self._growth.found is not None and self.summary.growth is None:
+            self.summary.growth = self._growth.found
+            self._warn_once("growth", str(self._growth.found))
+
+    def _start_following(self) -> None:
+        self._start_window()
+        if self._window is not None:
+            self._followed = []
+            self._unless_dropped = weakref.finalize(self, self._window.abandon)  # nobody else would, between two steps
+
+    def _end_following(self) -> None:
+        """Steps were followed in one recording: each gets its record, and what they left behind is looked at."""
+        followed, self._followed = self._followed, None
+        window, self._window = self._window, None
+        if self._unless_dropped is not None:
+            self._unless_dropped.detach()
+        if followed is None or window is None:
+            self._window = window
+            return
+        with self._guarded():
+            try:
+                recorded = window.close()
+            finally:
+                window.abandon()
+            if recorded is None or not followed:
+                return
+            books, allocator = keep_books(recorded.recording, recorded.claims, window.phases.timeline(self._roles))
+            ends = books.ledger.instants([step.ended_ns for step in followed]).tolist()
+            for step, start, end in zip(followed, [0, *ends], ends, strict=False):
+                if step.planned:
+                    self._amend_followed(step.record, books_of_step(books, start, end), allocator)
+            self._growth.followed([step.record.step for step in followed], *follow(books, ends))
+        self._tell_growth()
+
+    def _generates(self, begins: bool) -> None:
+        """Steps that generate may fall between those that are traced, again and again: then one is traced from its
+        rollout on."""
+        if not begins or not self._began or self._closed:
+            return
+        if self._window is None and self._rollouts_missed:
+            self._start_window()
+            if self._window is not None:
+                self._window.phases.begin(Phase.ROLLOUT)
+        self._rollouts_seen = self._rollout_in_step = True
+
     def _start_window(self) -> None:
         if self._recorder is None or self._window is not None:
             return
         with self._timed(), self._guarded():
+            others = {name: other for name, known in self._others.items() if (other := known()) is not None}
             if self._roles is None:
                 self._roles = activation_roles(self._owned)
-            if self._owners is None or self._planned or not self._recorder.sees_every_step:
+            if self._owners is None or self._planned or others.keys() != self._owned_others:
+                self._owned_others = frozenset(others)
                 self._owners = Owners(
                     self._owned,
                     self._optimizer,
                     self._recorder.device_type,
-                    self._others,
+                    others,
                     self._wrapper,
                     self._recorder.address_of,
                 )
-            window = _Window(self._model, self._optimizer, self._owners, self._recorder, self._fail)
+            window = _Window(self._model, self._optimizer, others, self._owners, self._recorder, self._fail)
             try:
                 window.open(detailed=self._planned or not self._recorder.sees_every_step)
             except RecorderBusyError as problem:
@@ -274,7 +465,7 @@ class MemoryTracer:
             else:
                 self._window = window
 
-    def _close_books(self, seconds: float) -> StepRecord | None:
+    def _close_books(self, seconds: float, *, cut_short: bool = False) -> StepRecord | None:
         window = self._window
         if window is None or self._recorder is None:
             return None
@@ -287,17 +478,23 @@ class MemoryTracer:
         finally:
             window.abandon()
             self._window = None
+            if not self._recorder.sees_every_step:
+                self._owners = None  # it holds what its models may have let go of by the next step
         if recorded is None:
             self._warn_once(
                 "busy", "another profiler was started: MemTrace stands aside, and only counts steps while that is so"
             )
             return None
         timeline = window.phases.timeline(self._roles)
-        books, allocator = keep_books(recorded.recording, recorded.claims, timeline)
+        books, allocator = keep_books(recorded.recording, recorded.claims, timeline, cut_short=cut_short)
         self._keep_if_highest(StepBooks(self._number, books, allocator, timeline))
         if isinstance(recorded.recording, WholeRecording):
             reserved = recorded.recording.reserved_bytes
-        return step_record(self._number, books, allocator, seconds, reserved)
+        record = step_record(self._number, books, allocator, seconds, reserved)
+        if self._began:
+            has_levels = self._recorder.allocated_bytes() is not None
+            self._growth.traced(record.step, record.peak.bytes or 0, rise_of(books), has_levels=has_levels)
+        return record
 
     def _describe_failure(self, problem: BaseException) -> FailureRecord:
         window, self._window = self._window, None
@@ -348,7 +545,7 @@ class MemoryTracer:
 
     def _batch_seen(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Trace a step whose batch is larger than any before, from its forward on."""
-        if not self._began or not module.training:
+        if not self._began or not module.training or not torch.is_grad_enabled():
             return
         with self._guarded():
             self._forwards += 1
@@ -394,6 +591,21 @@ class MemoryTracer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Followed:
+    """A step in a recording of several.
+
+    Attributes:
+        record: what was counted of it.
+        ended_ns: when it ended, on the recorder's clock.
+        planned: whether it is to have a record in full.
+    """
+
+    record: StepRecord
+    ended_ns: int
+    planned: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Recorded:
     recording: AnyRecording
     claims: Claims
@@ -403,11 +615,17 @@ class _Window:
     """One traced step: what is installed for it, and the claims gathered while it runs."""
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, owners: Owners, recorder: Recorder, fail: Callable[[Exception], None]
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        others: Mapping[str, nn.Module],
+        owners: Owners,
+        recorder: Recorder,
+        fail: Callable[[Exception], None],
     ) -> None:
         self._owners: Owners | None = owners
         self._recorder = recorder
-        self._fail = fail
+        self._fail = weakref.WeakMethod(fail)  # hooks hold this window; they are not to hold its tracer
         self._detailed = True
         self._remembers = not isinstance(recorder, CountersRecorder)  # else a claim holds only while it is repeated
         self._rows: list[Row] = []
@@ -417,11 +635,13 @@ class _Window:
         self.phases = PhaseWatch(
             model,
             optimizer,
-            on_inputs=self._claim_inputs,
+            others=others,
+            on_inputs=self._claim_called_with,
             on_backward_end=self._claim_gradients,
             on_optimizer_begin=self._claim_gradients,
             on_optimizer_end=self._claim_states,
             on_collective=self._claim_collective,
+            on_too_many=self.abandon,
             clock=recorder.clock,
         )
 
@@ -458,16 +678,23 @@ class _Window:
             self._claim_gradients()
         if not (self.phases.sees_optimizer and self._detailed and self._remembers):
             self._claim_states()
-        if self._owners is not None and not (self._detailed and self._remembers):
-            self._rows.extend(row for row, _ in self._owners.weights(self._recorder.clock()))
         if self._owners is not None:
-            self._rows.extend(row for row, _ in self._owners.communication(self._recorder.clock()))
+            now, whole = self._recorder.clock(), self._detailed and self._remembers
+            self._rows.extend(row for row, _ in (self._owners.moved_weights if whole else self._owners.weights)(now))
+            self._rows.extend(row for row, _ in self._owners.communication(now))
         self._unhook()
         recording = self._recorder.stop(failed)
         owners, self._owners = self._owners, None
         if recording is None or owners is None:
             return None
         return _Recorded(recording, Claims.of(self._rows, owners.owners))
+
+    def use(self, optimizer: Any) -> None:
+        """A step begins inside a recording that is under way, with this optimizer."""
+        self.phases.forwards_left = None
+        self.phases.use(optimizer)
+        if self._owners is not None:
+            self._owners.use(optimizer)
 
     def abandon(self) -> None:
         self._unhook()
@@ -489,7 +716,12 @@ class _Window:
         self._rows.extend(rows)
         self._recorder.watch(storages)
 
-    def _claim_inputs(self, batch: Any) -> None:
+    def _claim_called_with(self, arguments: tuple[Any, Any]) -> None:
+        for batch in arguments:
+            self.claim_inputs(batch)
+
+    def claim_inputs(self, batch: Any) -> None:
+        """Tensors of a batch, or of a call's arguments."""
         with self._safely():
             if self._owners is not None:
                 self._claim_standing(self._owners.inputs(self._recorder.clock(), batch))
@@ -527,7 +759,9 @@ class _Window:
         try:
             yield
         except Exception as problem:
-            self._fail(problem)
+            fail = self._fail()
+            if fail is not None:
+                fail(problem)
 
 
 def device_of(model: nn.Module) -> tuple[str, int]:

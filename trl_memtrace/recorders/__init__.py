@@ -102,6 +102,12 @@ class Recorder(Protocol):
     def is_new_high(self) -> bool:
         """Whether the step under way has held more than any before, where ``sees_every_step``."""
 
+    def allocated_bytes(self) -> int | None:
+        """What the allocator's own counter says is allocated now; None where it has none."""
+
+    def peak_bytes(self) -> int | None:
+        """The most that was ever allocated, by the allocator's own counter; None where it has none."""
+
     def reserved_bytes(self) -> int | None:
         """What the caching allocator has reserved now; None where there is none."""
 

@@ -95,6 +95,12 @@ class CountersRecorder(Recorder):
     def is_new_high(self) -> bool:
         return (self._counters.peak() or max(self._levels, default=0)) > self._highest
 
+    def allocated_bytes(self) -> int:
+        return self._counters.allocated()
+
+    def peak_bytes(self) -> int | None:
+        return self._counters.peak()
+
     def reserved_bytes(self) -> int | None:
         return self._counters.reserved()
 

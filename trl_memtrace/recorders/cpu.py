@@ -61,23 +61,26 @@ class _ForeignProfilers:
     def __init__(self) -> None:
         self._users: weakref.WeakSet[CpuRecorder] = weakref.WeakSet()
         self._originals: dict[str, Callable[..., Any]] = {}
+        self._lock = threading.RLock()  # a recorder may be let go of in the middle of either
         self.active = False
 
     def add(self, recorder: CpuRecorder) -> None:
-        if not self._originals and all(hasattr(_torch_profiler, name) for name in self._NAMES):
-            self.active = _profiler_enabled() or _warming_up()
-            for name in self._NAMES:
-                self._originals[name] = getattr(_torch_profiler, name)
-                setattr(_torch_profiler, name, self._wrap(name, self._originals[name]))
-        self._users.add(recorder)
+        with self._lock:
+            if not self._originals and all(hasattr(_torch_profiler, name) for name in self._NAMES):
+                self.active = _profiler_enabled() or _warming_up()
+                for name in self._NAMES:
+                    self._originals[name] = getattr(_torch_profiler, name)
+                    setattr(_torch_profiler, name, self._wrap(name, self._originals[name]))
+            self._users.add(recorder)
 
     def remove(self, recorder: CpuRecorder) -> None:
-        self._users.discard(recorder)
-        if not self._users:
-            for name, original in self._originals.items():
-                if getattr(getattr(_torch_profiler, name), "_memtrace", None) is self:
-                    setattr(_torch_profiler, name, original)
-            self._originals.clear()
+        with self._lock:
+            self._users.discard(recorder)
+            if not self._users:
+                for name, original in self._originals.items():
+                    if getattr(getattr(_torch_profiler, name), "_memtrace", None) is self:
+                        setattr(_torch_profiler, name, original)
+                self._originals.clear()
 
     def _wrap(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -198,6 +201,12 @@ class CpuRecorder(Recorder):
 
     def is_new_high(self) -> bool:
         return False
+
+    def allocated_bytes(self) -> int | None:
+        return None
+
+    def peak_bytes(self) -> int | None:
+        return None
 
     def reserved_bytes(self) -> int | None:
         return None

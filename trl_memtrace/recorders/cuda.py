@@ -173,6 +173,12 @@ class CudaRecorder(Recorder):
         """Whether the step under way has held more than any before."""
         return self._allocated("peak") > self._highest
 
+    def allocated_bytes(self) -> int:
+        return self._allocated("current")
+
+    def peak_bytes(self) -> int:
+        return self._allocated("peak")
+
     def reserved_bytes(self) -> int:
         return int(self._driver.stats(self._device)["reserved_bytes"]["all"]["current"])
 

@@ -241,6 +241,12 @@ class FakeRecorder(Recorder):
     def is_new_high(self) -> bool:
         return False
 
+    def allocated_bytes(self) -> int:
+        return self._memory.level
+
+    def peak_bytes(self) -> int | None:
+        return None
+
     def reserved_bytes(self) -> int | None:
         allocator = self._memory.allocator
         return allocator.reserved_bytes if allocator is not None else None

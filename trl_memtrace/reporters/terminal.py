@@ -31,6 +31,8 @@ _COLOURS = {
 _SHOWN_PHASES = tuple(phase for phase in PHASES if phase.value not in ("idle", "load", "save"))
 _TOP_MODULES = 5
 _NARROW = 72
+_COLUMNS_BEFORE_PHASES = 40
+_PHASE_COLUMN = 10
 _ASCII = {
     ord("\N{MIDDLE DOT}"): ".",
     **dict.fromkeys(range(9608, 9616), "#"),
@@ -87,7 +89,8 @@ def summary_parts(summary: Summary, width: int = 80) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(), _headline(summary)]
     if summary.worst is not None and summary.worst.traced:
         peak = summary.peak
-        tables = category_table(peak, summary.worst.phases, width), _module_table(peak)
+        phases = {**summary.worst_phases, **summary.worst.phases}
+        tables = category_table(peak, phases, width), _module_table(peak)
         parts += [Padding(table, (1, 0, 0, 0)) for table in tables] + [Text()]
     return parts
 
@@ -167,7 +170,11 @@ def category_table(peak: Peak, phases: Mapping[str, PhaseRecord], width: int = 8
     """What every category held at the peak and, where the terminal is wide enough, in each phase."""
     if width < _NARROW:
         phases = {}
-    shown = [(phase.value, phases[phase.value]) for phase in _SHOWN_PHASES if phase.value in phases]
+    room = (width - _COLUMNS_BEFORE_PHASES) // _PHASE_COLUMN
+    largest = sorted(phases, key=lambda name: phases[name].peak_bytes, reverse=True)
+    known = [phase.value for phase in _SHOWN_PHASES if phase.value in phases]
+    kept = [name for name in largest if name in known][:room]
+    shown = [(name, phases[name]) for name in known if name in kept]
     unit, scale = common_unit(peak.bytes)
 
     def level(size: int | None) -> str:
@@ -220,6 +227,8 @@ def _notes(summary: Summary, path: Path | None, page: Path | None) -> Iterable[s
             f"The categories add up to the total, to the byte; {format_bytes(left)} of it"
             f" ({_share(left, summary.peak.bytes)}) is unattributed."
         )
+    if summary.growth is not None:
+        yield f"Growth: {printable(str(summary.growth))}."
     yield (
         f"{summary.traced_steps} of {summary.steps} steps traced. Tracing took {summary.tracing_seconds:.2f} s"
         f" of {summary.seconds + summary.tracing_seconds:.2f} s of steps."

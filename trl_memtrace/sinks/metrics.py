@@ -36,6 +36,10 @@ def summary_metrics(summary: Summary) -> dict[str, float | str]:
         metrics[f"{PREFIX}run/peak/step"] = peak.step
     if summary.reserved_peak_bytes is not None:
         metrics[f"{PREFIX}run/reserved_peak_gib"] = to_gib(summary.reserved_peak_bytes)
+    if summary.growth is not None:
+        metrics[f"{PREFIX}run/growth/gib_per_step"] = to_gib(summary.growth.bytes_per_step)
+        metrics[f"{PREFIX}run/growth/category"] = summary.growth.category
+        metrics[f"{PREFIX}run/growth/since_step"] = summary.growth.since_step
     metrics[f"{PREFIX}run/traced_steps"] = summary.traced_steps
     metrics[f"{PREFIX}run/tracing_seconds"] = summary.tracing_seconds
     return metrics
