@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from . import quick_imports
-from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, quiet, show
+from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, quiet, show, uncompiled
 
 app = typer.Typer(add_completion=False)
 
@@ -34,7 +34,7 @@ def dry_run(
     Options stand before the script; what comes after it is the script's own.
     """
     card = device_of(device, memory)
-    with quick_imports(), quiet():
+    with quick_imports(), quiet(), uncompiled():
         from ..dry_script import run_script
 
         with _stdout_elsewhere(as_json):
