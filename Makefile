@@ -6,16 +6,16 @@ INSTALLED := $(VENV)/.installed
 # The tests pin torch; a user installs the build that fits his card (see README.md).
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-quick test-gpu lint bench clean
+.PHONY: demo test test-all test-gpu lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/accelerate launch examples/phi3_dolly.py
 
 test: lint
-	$(BIN)/python -m pytest
-
-test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/gpu

@@ -120,7 +120,9 @@ CONFIGURATIONS: dict[str, Make] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("accumulation" in name)) for name in CONFIGURATIONS]
+)
 def test_a_dry_run_is_what_a_real_run_on_the_cpu_is(name: str, tmp_path: Path) -> None:
     make = CONFIGURATIONS[name]
     trainer = make(tmp_path / "real")
