@@ -332,6 +332,13 @@ def test_a_rise_too_small_to_matter_is_silent():
     assert levels(GrowthWatch(), [GIB + 50_000 * step for step in range(1000)]) is not None
 
 
+def test_a_rise_within_the_noise_is_waited_for():
+    unit = GIB // 1000
+    values = [GIB + (step // 4) * unit + (9 * unit if step % 4 else 0) for step in range(2000)]
+    assert levels(GrowthWatch(), values[:40]) is None  # every low is higher than the last, by less than levels differ
+    assert levels(GrowthWatch(), values) is not None
+
+
 def test_the_watch_holds_no_more_after_many_steps():
     watch = GrowthWatch()
     for step in range(1, 20_000):

@@ -405,6 +405,27 @@ def test_phases_of_a_plain_loop():
     assert tracer.summary.to_json()["peak"] == run.summary.to_json()["peak"]
 
 
+def test_a_summary_of_amended_steps_is_that_of_the_steps_as_they_became():
+    from dataclasses import replace
+
+    from trl_memtrace.records import Summary
+
+    model = tiny.model()
+    inputs = torch.ones(4, 16, dtype=torch.long)
+    tracer = MemoryTracer(model)
+    with tracer.step():
+        model(input_ids=inputs, labels=inputs).loss.backward()
+    (before,) = tracer.run
+    with tracer.phase(Phase.SAVE):
+        pass
+    tracer.close()
+    (after,) = tracer.run
+    assert list(after.phases) == [*before.phases, "save"]
+    expected = Summary()
+    expected.add(after)
+    assert replace(tracer.summary, header=expected.header) == expected
+
+
 def test_an_amended_step_is_read_back_as_one(tmp_path):
     _, run = watched("SFTTrainer", tmp_path)
     path = tmp_path / "out" / "memtrace" / "rank-00000.jsonl"
