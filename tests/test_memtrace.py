@@ -364,7 +364,8 @@ def test_nothing_is_warned_about_in_a_plain_run(tmp_path):
 def test_a_page_for_people_stands_beside_the_record(tmp_path, capsys):
     _, callback = run(tmp_path, MemTrace(print_table=True))
     page = tmp_path / "memtrace" / "report.html"
-    assert f"in {callback.run.peak.phase.value} of step {callback.run.peak.step}:" in page.read_text(encoding="utf-8")
+    words = page.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert f"in {callback.run.peak.phase.value} of step {callback.run.peak.step}:" in words
     assert f"Report: {page}" in "".join(capsys.readouterr().out.replace("\n", "").replace("  ", ""))
 
 

@@ -183,7 +183,7 @@ def _has_ended(file: Path) -> bool:
 def _same_run(run: RunTrace, first: RunTrace) -> bool:
     """Whether a record is of the run that another is of, and no earlier one's that was left in the folder."""
     mine, theirs = run.header.trainer, first.header.trainer
-    sizes = {size for size in (mine.get("world_size"), theirs.get("world_size")) if size is not None}
+    sizes = {size for size in (mine.get("world_size"), theirs.get("world_size")) if isinstance(size, int)}
     if len(sizes) > 1:
         return False
     began, reference = mine.get("started"), theirs.get("started")
