@@ -151,7 +151,8 @@ def test_buckets_that_ddp_makes_anew_are_counted_once(ddp):
         for step in (first, third):
             for at_peak, at_end in step.values():
                 assert at_peak["communication"] == at_end["communication"] == whole
-        assert second["idle"][0]["communication"] == 2 * whole  # the new are there before the old are gone
+        told = second["idle"][0]["communication"] - 2 * whole  # the new are there before the old are gone
+        assert 0 <= told < 64  # beside them at most the sizes that ranks tell each other, until gloo's thread is done
         for name in ("forward", "loss", "backward", "optimizer"):
             assert [levels["communication"] for levels in second[name]] == [whole, whole]
         for step in seen["bare"]["view"]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -381,6 +381,7 @@ def test_what_every_followed_step_left_behind_is_growth(left):
     st.lists(st.integers(0, 2**24), min_size=FOLLOWED_STEPS, max_size=FOLLOWED_STEPS),
     st.integers(0, FOLLOWED_STEPS - 2),
 )
+@example([0] + [10738] * (FOLLOWED_STEPS - 1), 0)  # the first step, before which there is no level
 def test_one_step_that_left_nothing_clears_the_rest(left, nothing):
     left[nothing] = 0
     watch = suspected()

@@ -169,10 +169,11 @@ class GrowthWatch:
             sum(table.values()) for table in survivors[:-1]
         ]  # what the last one leaves may be replaced in the next
         rises = np.diff(np.array(levels, np.int64))
+        replaced = rises - np.array([*left[1:], 0], np.int64)  # by how much more it was that the next one let go of
         if min(left) >= least:
             kept = merged(survivors[:-1])
             self._name(since, round(sum(left) / len(left)), kept)
-        elif rises.min() >= max(least, _EVENLY * float(rises.mean())):
+        elif replaced.min() >= max(least, _EVENLY * float(replaced.mean())):
             self._name(since, round(float(rises.mean())), survivors[-1])
         else:
             self._clean_step = self._cleared_step = steps[-1]
