@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .attribution import NOWHERE, ROOT_MODULE, Owner
 from .categories import BUCKETS, Category, role
-from .sharding import Held, Shards, local_tensor, module_name
+from .collectives import ALL_GATHER
+from .sharding import Held, Shards, in_flight, local_tensor, module_name
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "config"}
 _PLAIN_TYPES = (str, bytes, int, float, complex, bool, type(None), nn.Module, torch.dtype, torch.device)
@@ -191,6 +192,12 @@ class Owners:
         """Gradients of whole parameters, just before FSDP reduces them to shards."""
         for held in self._shards.unsharded_gradients(subject):
             yield from self._found(time_ns, held)
+
+    def in_flight(self, time_ns: int, subject: Any) -> Iterator[Found]:
+        """The buffers that FSDP gathers a group's parameters into."""
+        number = self._number(Category.COMMUNICATION, ALL_GATHER, ROOT_MODULE)
+        for buffer in in_flight(subject):
+            yield from self._rows(time_ns, buffer, number)
 
     def inputs(self, time_ns: int, batch: Any) -> Iterator[Found]:
         """The tensors of a batch, or of the arguments that the model is called with: what was computed beforehand is

@@ -18,6 +18,7 @@ from .advice import suggest
 from .attribution import Books, Claims
 from .bookkeeping import books_of_step, keep_books, last_allocation, peak_at, step_record
 from .categories import BUCKETS, Phase
+from .collectives import ALL_GATHER
 from .errors import warn
 from .failures import error_line, is_out_of_memory, requested_bytes
 from .growth import FOLLOWED_STEPS, GrowthWatch, follow, rise_of
@@ -750,6 +751,8 @@ class _Window:
             if begins:
                 rows = self._owners.about_to_be_reduced(self._recorder.clock(), subject)
                 self._rows.extend(row for row, _ in rows)
+            elif detail == ALL_GATHER:  # a thread of the process group's may be the last to let go of them
+                self._claim_standing(self._owners.in_flight(self._recorder.clock(), subject))
             elif detail == BUCKETS and self._owners.buckets_rebuilt != self._rebuilt:
                 self._recorder.note_ended([address for _, address, _, _ in self._buckets])
                 self._rebuilt = True

@@ -42,6 +42,9 @@ _CPP_WARNING, _CPP_ERROR = 1, 2
 _CPU_DEVICE = torch.device("cpu")
 _ALLOCATION_FIELDS = attrgetter("ptr"), attrgetter("alloc_size"), attrgetter("total_allocated")
 
+_End = tuple[int, int, int]
+"""When a storage ended, where it was, and by when it was there: an address may be given out again and again."""
+
 
 _one_at_a_time = threading.Lock()
 """Held while a recorder records: the profiler is one for the whole process, and two threads in it crash."""
@@ -163,7 +166,7 @@ class CpuRecorder(Recorder):
         self._given_way = False
         self._muted = False
         self._watches: list[Any] = []
-        self._ended: list[tuple[int, int]] = []  # time_ns, address
+        self._ended: list[_End] = []
         _foreign_profilers.add(self)
 
     clock = staticmethod(time.time_ns)
@@ -192,12 +195,13 @@ class CpuRecorder(Recorder):
             raise
 
     def watch(self, storages: Iterable[Any]) -> None:
+        now = self.clock()
         for storage in storages:
-            self._watches.append(weakref.ref(storage, functools.partial(self._note_end, storage.data_ptr())))
+            self._watches.append(weakref.ref(storage, functools.partial(self._note_end, storage.data_ptr(), now)))
 
     def note_ended(self, addresses: Iterable[int]) -> None:
         for address in addresses:
-            self._note_end(address, None)
+            self._note_end(address, 0, None)
 
     def is_new_high(self) -> bool:
         return False
@@ -255,8 +259,8 @@ class CpuRecorder(Recorder):
         if level is not None and self._muted:
             level.value = _CPP_WARNING
 
-    def _note_end(self, address: int, _: Any) -> None:
-        self._ended.append((self.clock(), address))
+    def _note_end(self, address: int, seen_ns: int, _: Any) -> None:
+        self._ended.append((self.clock(), address, seen_ns))
 
     def _running(self) -> bool:
         return self._thread == threading.get_ident() and not self._given_way
@@ -284,7 +288,7 @@ def _allocations(tree: Iterable[Any], mixed: bool) -> Int64Array:
     return changes
 
 
-def _recording(table: Int64Array, ended: list[tuple[int, int]]) -> Recording:
+def _recording(table: Int64Array, ended: list[_End]) -> Recording:
     time_ns, address, size, total = table[np.argsort(table[:, 0], kind="stable")].T
     reported = size.copy()
     reported[1:] = np.diff(total)
@@ -300,19 +304,22 @@ def _recording(table: Int64Array, ended: list[tuple[int, int]]) -> Recording:
 
 
 def _unreported(
-    address: Int64Array, size: Int64Array, time_ns: Int64Array, ended: list[tuple[int, int]]
+    address: Int64Array, size: Int64Array, time_ns: Int64Array, ended: list[_End]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where to put the frees that the profiler kept quiet about: those of storages older than the recording."""
+    """Where to put the frees that the profiler kept quiet about: those of storages older than the recording, and those
+    that another thread was the last to let go of."""
     if not ended:
         return [], []
-    seen, seen_first = np.unique(address, return_index=True)
-    first_event = dict(zip(seen.tolist(), seen_first.tolist(), strict=True))
-    frees: dict[int, tuple[int, int, int]] = {}
-    for when, where in sorted(ended):
-        first = first_event.get(where, len(address))
-        if where in frees or (first < len(address) and size[first] < 0):
+    order = np.argsort(address, kind="stable")
+    by_address = address[order]
+    frees: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for when, where, seen in sorted(ended):
+        events = order[np.searchsorted(by_address, where) : np.searchsorted(by_address, where, side="right")]
+        known = int(np.searchsorted(time_ns[events], seen, side="right"))
+        following = int(events[known]) if known < len(events) else len(address)
+        if (where, known) in frees or (following < len(address) and size[following] < 0):
             continue
-        place = min(int(np.searchsorted(time_ns, when)), first)
-        frees[where] = (place, min(when, int(time_ns[place])) if place < len(time_ns) else when, where)
+        place = min(int(np.searchsorted(time_ns, when)), following)
+        frees[where, known] = (place, min(when, int(time_ns[place])) if place < len(time_ns) else when, where)
     ordered = sorted(frees.values())
     return [place for place, _, _ in ordered], [(when, where) for _, when, where in ordered]
