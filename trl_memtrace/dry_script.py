@@ -14,15 +14,12 @@ from typing import Any
 
 from .dryrun import DryRun, DryRunError, dry_run
 from .errors import MemtraceError
+from .short_training import TrainedError
 from .text import one_line
 
 
 class ScriptError(MemtraceError):
     """A script that cannot be run, that failed, or that trained nothing."""
-
-
-class _TrainedError(BaseException):
-    """The training is over. No ``except Exception`` of a script holds it up."""
 
 
 def run_script(script: Path, arguments: Sequence[str], *, device: Any = None, steps: int = 2) -> DryRun:
@@ -63,21 +60,21 @@ def until_trained(dry: DryRun) -> Iterator[None]:
     """
     from transformers import Trainer
 
-    from .pretence import put_until
+    from .patching import put_until
 
     train = Trainer.train
 
     @functools.wraps(train)
     def train_and_leave(self: Any, *args: Any, **kwargs: Any) -> Any:
         train(self, *args, **kwargs)
-        raise _TrainedError
+        raise TrainedError
 
     with ExitStack() as stack:
         put_until(stack, Trainer, "train", train_and_leave)
         loop = _Loop(dry)
         stack.callback(loop.close)
         loop.install(stack)
-        with suppress(_TrainedError):
+        with suppress(TrainedError):
             yield
         loop.end_step()
 
@@ -102,7 +99,7 @@ class _Loop:
         import torch
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        from .pretence import put_until
+        from .patching import put_until
 
         make, call = torch.optim.Optimizer.__init__, torch.nn.Module.__call__
         loop = self
@@ -143,7 +140,7 @@ class _Loop:
         elif self._is_over:
             self.end_step()
             if self._taken >= self._dry.steps:
-                raise _TrainedError
+                raise TrainedError
             self._tracer.begin_step()
 
     def _begin(self, module: Any) -> None:

@@ -1,8 +1,8 @@
-"""The callback by which a dry run watches a Trainer."""
+"""The callback by which a dry run, or a real one that is to be held against it, watches a Trainer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -11,17 +11,18 @@ from .run_info import describe_run
 from .tracer import MemoryTracer
 from .trainer_watch import other_models
 
-if TYPE_CHECKING:
-    from .dryrun import DryRun
-
 
 class DryTrace(TrainerCallback):
     """Traces every step in full. What goes wrong is not swallowed: nobody's training depends on it."""
 
-    def __init__(self, dry: DryRun, trainer: Any) -> None:
-        self._dry = dry
+    def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._tracer: MemoryTracer | None = None
+
+    @property
+    def tracer(self) -> MemoryTracer | None:
+        """What has seen the training; None before its first step."""
+        return self._tracer
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any

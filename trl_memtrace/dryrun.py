@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,12 @@ class DryRun:
 
         with _disable_current_modes():
             yield
+
+    def until_trained(self) -> AbstractContextManager[None]:
+        """Leaves when the first training in here is over."""
+        from .dry_script import until_trained
+
+        return until_trained(self)
 
     def to_device(self, batch: Any) -> Any:
         """Real tensors as fakes on the device, whose values are known where they are few enough."""

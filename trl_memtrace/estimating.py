@@ -8,17 +8,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .dry_script import until_trained
 from .dryrun import DryRun, DryRunError, dry_run
 from .errors import MemtraceError
 from .model import find_config, read_config
-from .pretence import put_until
+from .patching import put_until
 from .text import one_line
 
 if TYPE_CHECKING:
@@ -48,17 +47,45 @@ class FlagError(MemtraceError):
     """TRL does not take these flags."""
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Ground(Protocol):
+    """Where a command runs: on fake tensors, or for real.
+
+    Attributes:
+        steps: how many optimizer steps are taken.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Where tensors are real."""
+
+    def until_trained(self) -> AbstractContextManager[None]:
+        """Leaves when a training is over."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """What is known of the data of a run.
+
+    Attributes:
+        assumed: what had to be assumed, a sentence each.
+        longest: tokens of the longest example; None where that is not known.
+    """
+
+    assumed: list[str] = field(default_factory=list)
+    longest: int | None = None
+
+
+@dataclass(slots=True)
+class Estimate(Findings):
     """What a command would take.
 
     Attributes:
         dry: the dry run of it.
-        assumed: what had to be assumed, a sentence each.
     """
 
     dry: DryRun
-    assumed: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """As ``--json`` prints it: the record's summary, and what was assumed."""
@@ -92,24 +119,65 @@ def estimate(
         DryRunError: it cannot be run on fake tensors.
         ValueError: no such kind, or lengths that are none.
     """
+    check(kind, lengths)
+    with ExitStack() as stack:
+        made = Estimate(stack.enter_context(dry_run(device, steps=steps)))
+        if kind in _ONLINE:
+            from .rollout import short_generation
+
+            stack.enter_context(short_generation(made.dry))
+        run_command(kind, flags, made.dry, lengths, made)
+    return made
+
+
+def check(kind: str, lengths: Sequence[int] | None) -> None:
+    """See that there is such a command of ``trl``, and that lengths are some.
+
+    Raises:
+        ValueError: they are not.
+    """
     if kind not in TRAINERS:
         raise ValueError(f"kind must be one of {', '.join(TRAINERS)}, not {kind!r}")
     if lengths is not None and not (lengths and all(length > 0 for length in lengths)):
         raise ValueError("lengths must be positive numbers of tokens, one at least")
+
+
+def run_command(
+    kind: str,
+    flags: Sequence[str],
+    ground: Ground,
+    lengths: Sequence[int] | None,
+    found: Findings,
+    *,
+    with_weights: Callable[[Source], AbstractContextManager[Source]] = nullcontext,
+) -> None:
+    """Run ``trl KIND FLAGS`` until it has trained.
+
+    Args:
+        kind: one of ``TRAINERS``.
+        flags: those of ``trl``.
+        ground: where it runs.
+        lengths: tokens of each example; None where that is to be found out.
+        found: is told what is known of the data.
+        with_weights: where to load a model from, instead of where its config is.
+
+    Raises:
+        FlagError: TRL does not take the flags.
+        ModelError: there is no such model.
+        DryRunError: it cannot be run.
+    """
     module = importlib.import_module(f"trl.scripts.{kind}")
     with ExitStack() as stack:
-        dry = stack.enter_context(dry_run(device, steps=steps))
         script, training, model, mixture = _parse(module, kind, flags)
         _refuse(kind, training)
         source = stack.enter_context(_model_folder(model.model_name_or_path))
+        source = stack.enter_context(with_weights(source))
         model.model_name_or_path = str(source.path)
-        made = Estimate(dry)
         stack.enter_context(_offline())
-        data, tokenizer_is_real = _data(kind, script, training, mixture, source, lengths, dry, made.assumed)
+        data, tokenizer_is_real = _data(kind, script, training, mixture, source, lengths, ground, found)
         _settle(kind, script, training, mixture)
-        stack.enter_context(_standing_in(kind, data, source, training, tokenizer_is_real, dry))
-        _run(module, kind, (script, training, model, mixture), dry)
-    return made
+        stack.enter_context(_standing_in(kind, data, source, training, tokenizer_is_real, ground, found))
+        _run(module, kind, (script, training, model, mixture), ground)
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------
@@ -164,7 +232,7 @@ def _settle(kind: str, script: Any, training: Any, mixture: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """Where a model's config is.
 
     Attributes:
@@ -177,13 +245,13 @@ class _Source:
 
 
 @contextmanager
-def _model_folder(model: str | None) -> Iterator[_Source]:
+def _model_folder(model: str | None) -> Iterator[Source]:
     if model is None:
         raise FlagError("--model_name_or_path is missing: a hub id, a folder or a config.json")
     path = find_config(model)
     config = read_config(path, model)
     if config.architectures and path.name == "config.json":
-        yield _Source(path.parent if Path(model).exists() else model, config)
+        yield Source(path.parent if Path(model).exists() else model, config)
         return
     # TRL asks the config which class to take.
     from .model import architecture_of
@@ -193,7 +261,7 @@ def _model_folder(model: str | None) -> Iterator[_Source]:
         config.save_pretrained(folder)
         for beside in path.parent.glob("*token*"):
             (Path(folder) / beside.name).symlink_to(beside.resolve())
-        yield _Source(Path(folder), config)
+        yield Source(Path(folder), config)
 
 
 @contextmanager
@@ -219,26 +287,27 @@ def _data(
     script: Any,
     training: Any,
     mixture: Any,
-    source: _Source,
+    source: Source,
     lengths: Sequence[int] | None,
-    dry: DryRun,
-    assumed: list[str],
+    ground: Ground,
+    found: Findings,
 ) -> tuple[Dataset, bool]:
     """The dataset, and whether the model's own tokenizer is to be used with it."""
     from . import stand_ins
 
-    named = script.dataset_name or ", ".join(part.path for part in mixture.datasets)
-    with dry.outside():
+    named, assumed = script.dataset_name or ", ".join(part.path for part in mixture.datasets), found.assumed
+    with ground.outside():
         if lengths is None and named:
             real = _real(named, script, mixture, assumed)
             if real is not None and (stand_ins.is_tokenized(real.column_names) or _has_tokenizer(source)):
                 return real, True
             if real is not None:
                 assumed.append(f"{named} is not read: the model has no tokenizer beside its config.")
-        rows = _rows_needed(kind, training, dry.steps)
+        rows = _rows_needed(kind, training, ground.steps)
         if lengths is None:
             length = _assumed_length(kind, training, source, assumed)
             lengths = [length] * rows
+        found.longest = max(lengths) + (training.max_completion_length if kind in _ONLINE else 0)
         limit = None if getattr(training, "packing", False) else rows
         made = stand_ins.dataset(kind, sorted(lengths, reverse=True)[:limit])
     return made, False
@@ -249,7 +318,7 @@ def _rows_needed(kind: str, training: Any, steps: int) -> int:
     return int(steps * training.per_device_train_batch_size * max(training.gradient_accumulation_steps, 1))
 
 
-def _assumed_length(kind: str, training: Any, source: _Source, assumed: list[str]) -> int:
+def _assumed_length(kind: str, training: Any, source: Source, assumed: list[str]) -> int:
     if kind in _ONLINE:
         assumed.append(
             f"Prompts of {_PROMPT_TOKENS} tokens (--lengths FILE for others), and completions of"
@@ -285,7 +354,7 @@ def _real(named: str, script: Any, mixture: Any, assumed: list[str]) -> Dataset 
         return None
 
 
-def _has_tokenizer(source: _Source) -> bool:
+def _has_tokenizer(source: Source) -> bool:
     from transformers import AutoTokenizer
 
     try:
@@ -300,7 +369,13 @@ def _has_tokenizer(source: _Source) -> bool:
 
 @contextmanager
 def _standing_in(
-    kind: str, data: Dataset, source: _Source, training: Any, tokenizer_is_real: bool, dry: DryRun
+    kind: str,
+    data: Dataset,
+    source: Source,
+    training: Any,
+    tokenizer_is_real: bool,
+    ground: Ground,
+    found: Findings,
 ) -> Iterator[None]:
     """For the time of the run, TRL's script finds this dataset, and a tokenizer for it."""
     import datasets
@@ -313,7 +388,7 @@ def _standing_in(
 
     def from_pretrained(original: Callable[..., Any]) -> Any:
         def load(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-            with dry.outside():
+            with ground.outside():
                 if tokenizer_is_real or getattr(training, "chat_template_path", None):
                     try:
                         return original(cls, name, *args, **kwargs)
@@ -332,11 +407,8 @@ def _standing_in(
         for loader in (transformers.AutoProcessor, transformers.AutoTokenizer):
             put_until(stack, loader, "from_pretrained", from_pretrained(vars(loader)["from_pretrained"].__func__))
         if kind not in _ONLINE:
-            put_until(stack, trainer, "_prepare_dataset", _longest_first(trainer._prepare_dataset, kind, dry.steps))
-        else:
-            from .rollout import short_generation
-
-            stack.enter_context(short_generation(dry))
+            prepare = _longest_first(trainer._prepare_dataset, kind, ground.steps, found)
+            put_until(stack, trainer, "_prepare_dataset", prepare)
         yield
 
 
@@ -350,7 +422,7 @@ class _Splits:
         return self._data
 
 
-def _longest_first(prepare: Callable[..., Any], kind: str, steps: int) -> Callable[..., Any]:
+def _longest_first(prepare: Callable[..., Any], kind: str, steps: int, found: Findings) -> Callable[..., Any]:
     """A trainer's own preparation of its dataset, the longest examples first."""
     from . import stand_ins
 
@@ -358,16 +430,17 @@ def _longest_first(prepare: Callable[..., Any], kind: str, steps: int) -> Callab
         if "prompt_ids" not in dataset.column_names:  # DPO and KTO would tokenize once more
             dataset = prepare(self, dataset, processing_class, args, *rest)
         sizes = [stand_ins.tokens_of(example) for example in dataset]
+        found.longest = max(sizes, default=None)
         order = sorted(range(len(sizes)), key=lambda row: -sizes[row])
         return dataset.select(order[: _rows_needed(kind, args, steps)], keep_in_memory=True)
 
     return prepare_longest_first
 
 
-def _run(module: Any, kind: str, arguments: Any, dry: DryRun) -> None:
+def _run(module: Any, kind: str, arguments: Any, ground: Ground) -> None:
     path = list(sys.path)
     try:
-        with until_trained(dry), redirect_stdout(io.StringIO()):
+        with ground.until_trained(), redirect_stdout(io.StringIO()):
             module.main(*arguments)
     except MemtraceError:
         raise

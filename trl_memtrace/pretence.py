@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .fake_models import loading_fakes
 from .kernels import functions, instead
+from .patching import Put, put_until
 from .pretended_cuda import pretend_cuda
+from .short_training import training_a_little, write_nothing
 
 if TYPE_CHECKING:
     from .dryrun import DryRun
@@ -38,24 +40,6 @@ def pretend(dry: DryRun) -> Iterator[None]:
         _bitsandbytes(put, dry)
         stack.enter_context(loading_fakes(dry.inside, dry.outside, functools.partial(_warm_up, dry)))
         yield
-
-
-def put_until(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack ends."""
-    missing = object()
-    old = vars(owner).get(name, missing)
-
-    def undo() -> None:
-        if old is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, old)
-
-    setattr(owner, name, value)
-    stack.callback(undo)
-
-
-Put = Callable[[Any, str, Any], None]
 
 
 def _warm_up(dry: DryRun, size: int) -> None:
@@ -129,23 +113,16 @@ def on_host(batch: Any, dry: DryRun) -> Any:
 
 def _transformers(put: Put, dry: DryRun, folder: str) -> None:
     import accelerate
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, training_args
+    from transformers import Trainer, training_args
     from transformers.utils import import_utils
 
     put(import_utils, "is_fake_tensor", lambda value: False)
     put(training_args, "is_torch_bf16_gpu_available", lambda: True)
-    start, train, prepare = Trainer.__init__, Trainer.train, accelerate.Accelerator.__init__
-
-    @functools.wraps(start)
-    def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        settings = kwargs.get("args") or next((value for value in args if hasattr(value, "output_dir")), None)
-        if settings is not None:
-            settings.output_dir, settings.push_to_hub = folder, False
-        start(self, *args, **kwargs)
+    train, prepare = Trainer.train, accelerate.Accelerator.__init__
 
     @functools.wraps(train)
     def train_a_little(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with training_a_little(self, dry):
+        with training_a_little(self, dry.steps):
             return train(self)
 
     @functools.wraps(prepare)
@@ -154,54 +131,9 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
             kwargs["mixed_precision"] = "bf16"
         prepare(self, *args, **kwargs)
 
-    put(Trainer, "__init__", make)
+    write_nothing(put, folder)
     put(Trainer, "train", train_a_little)
     put(accelerate.Accelerator, "__init__", accelerator)
-    for owner, names in (
-        (Trainer, ("save_model", "save_state", "push_to_hub", "create_model_card", "save_metrics", "log_metrics")),
-        (PreTrainedModel, ("save_pretrained", "push_to_hub")),
-        (PreTrainedTokenizerBase, ("save_pretrained", "push_to_hub")),
-    ):
-        for name in names:
-            put(owner, name, _nothing)
-    put(Trainer, "evaluate", lambda self, *args, **kwargs: {})
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What is left out of a dry run."""
-
-
-@contextmanager
-def training_a_little(trainer: Any, dry: DryRun) -> Iterator[None]:
-    """Take a few steps, watched, and neither save, evaluate, report nor print."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from .callback import MemTrace
-    from .dry_trace import DryTrace
-
-    left_out = (MemTrace, PrinterCallback, ProgressCallback, *INTEGRATION_TO_CALLBACK.values())
-    handler, args = trainer.callback_handler, trainer.args
-    callbacks = list(handler.callbacks)
-    changes = {
-        "max_steps": min(dry.steps, args.max_steps) if args.max_steps > 0 else dry.steps,
-        "save_strategy": type(args.save_strategy)("no"),
-        "eval_strategy": type(args.eval_strategy)("no"),
-        "load_best_model_at_end": False,
-        "torch_compile": False,
-        "dataloader_num_workers": 0,
-    }
-    before = {name: getattr(args, name) for name in changes}
-    handler.callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
-    handler.callbacks.append(DryTrace(dry, trainer))
-    for name, value in changes.items():
-        setattr(args, name, value)
-    try:
-        yield
-    finally:
-        handler.callbacks = callbacks
-        for name, value in before.items():
-            setattr(args, name, value)
 
 
 def _bitsandbytes(put: Put, dry: DryRun) -> None:

@@ -28,7 +28,7 @@ def short_generation(dry: DryRun) -> Iterator[None]:
     allowed."""
     from transformers import GenerationMixin
 
-    from .pretence import put_until
+    from .patching import put_until
 
     original = GenerationMixin.generate
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from . import quick_imports
-from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, quiet, show, uncompiled
+from ..process import quick_imports, quiet, uncompiled
+from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, show
 
 app = typer.Typer(add_completion=False)
 

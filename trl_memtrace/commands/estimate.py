@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import MemtraceError, UnwritableError
+from ..process import quick_imports, quiet, uncompiled
 from ..units import parse_bytes
-from . import quick_imports
 
 if TYPE_CHECKING:
     from ..device import Device
@@ -61,36 +57,6 @@ def device_of(name: str | None, memory: str | None) -> Device | None:
         return custom_device(parse_bytes(memory))
     except ValueError as reason:
         raise typer.BadParameter(str(reason), param_hint="--memory") from None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Libraries say nothing but errors: a dry run is not the run that they talk about."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """``torch.compile`` gives back what it is given: nothing compiled can be faked, and bitsandbytes, which prepares
-    to compile as it is imported, takes two seconds less."""
-    import torch
-
-    def as_it_is(model: Any = None, **options: Any) -> Any:
-        return model if model is not None else as_it_is
-
-    before = torch.compile
-    torch.compile = as_it_is
-    try:
-        yield
-    finally:
-        torch.compile = before
 
 
 def _read_lengths(file: Path | None) -> list[int] | None:

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from ..errors import MemtraceError
+from ..process import quick_imports
 from ..units import parse_bytes
-from . import quick_imports
 
 app = typer.Typer(add_completion=False)
 

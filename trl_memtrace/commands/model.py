@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import quick_imports
+from ..process import quick_imports
 
 app = typer.Typer(add_completion=False)
 

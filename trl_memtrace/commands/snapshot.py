@@ -23,9 +23,9 @@ def snapshot(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Say what a snapshot file holds: categories at the peak and at the end, phases, call sites, reserved memory."""
+    from ..process import quick_imports
     from ..recorders.snapshot import read_snapshot
     from ..snapshot_summary import analyse
-    from . import quick_imports
 
     with quick_imports():
         read = read_snapshot(file)

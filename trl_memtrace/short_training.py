@@ -1,0 +1,79 @@
+"""A Trainer that takes a few steps and writes nothing: in a dry run, and in a real one to be held against it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .patching import Put
+
+if TYPE_CHECKING:
+    from .dry_trace import DryTrace
+
+
+class TrainedError(BaseException):
+    """A training is over that somebody waits for. No ``except Exception`` of a script holds it up."""
+
+
+def write_nothing(put: Put, folder: str) -> None:
+    """See that trainers write into a folder of ours, and neither save, evaluate nor push."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+    start = Trainer.__init__
+
+    @functools.wraps(start)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        settings = kwargs.get("args") or next((value for value in args if hasattr(value, "output_dir")), None)
+        if settings is not None:
+            settings.output_dir, settings.push_to_hub = folder, False
+        start(self, *args, **kwargs)
+
+    put(Trainer, "__init__", make)
+    for owner, names in (
+        (Trainer, ("save_model", "save_state", "push_to_hub", "create_model_card", "save_metrics", "log_metrics")),
+        (PreTrainedModel, ("save_pretrained", "push_to_hub")),
+        (PreTrainedTokenizerBase, ("save_pretrained", "push_to_hub")),
+    ):
+        for name in names:
+            put(owner, name, _nothing)
+    put(Trainer, "evaluate", lambda self, *args, **kwargs: {})
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What is left out."""
+
+
+@contextmanager
+def training_a_little(trainer: Any, steps: int) -> Iterator[DryTrace]:
+    """Take a few steps, watched, and neither save, evaluate, report nor print."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from .callback import MemTrace
+    from .dry_trace import DryTrace
+
+    left_out = (MemTrace, PrinterCallback, ProgressCallback, *INTEGRATION_TO_CALLBACK.values())
+    handler, args = trainer.callback_handler, trainer.args
+    callbacks = list(handler.callbacks)
+    changes = {
+        "max_steps": min(steps, args.max_steps) if args.max_steps > 0 else steps,
+        "save_strategy": type(args.save_strategy)("no"),
+        "eval_strategy": type(args.eval_strategy)("no"),
+        "load_best_model_at_end": False,
+        "torch_compile": False,
+        "dataloader_num_workers": 0,
+    }
+    before = {name: getattr(args, name) for name in changes}
+    handler.callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
+    trace = DryTrace(trainer)
+    handler.callbacks.append(trace)
+    for name, value in changes.items():
+        setattr(args, name, value)
+    try:
+        yield trace
+    finally:
+        handler.callbacks = callbacks
+        for name, value in before.items():
+            setattr(args, name, value)

@@ -1,0 +1,67 @@
+"""What a worker does: take trials from standard input and write their outcomes, a line of JSON each.
+
+python -m trl_memtrace.trial_worker
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+
+from .errors import MemtraceError
+from .process import quick_imports, quiet, uncompiled
+from .text import one_line
+from .trials import Outcome, Trial
+
+
+def try_out(trial: Trial) -> Outcome:
+    """Try a configuration here and now. What goes wrong is in the outcome."""
+    began = time.monotonic()
+    gc.disable()
+    try:
+        with quiet():
+            outcome = _measure(trial) if trial.measured else _estimate(trial)
+    except MemtraceError as problem:
+        outcome = Outcome(error=one_line(str(problem)))
+    except Exception as problem:  # whatever somebody's flags lead to; the next trial is to be made
+        outcome = Outcome(error=f"{type(problem).__name__}: {one_line(str(problem))}")
+    finally:
+        gc.enable()
+        gc.collect()
+    return replace(outcome, seconds=round(time.monotonic() - began, 3))
+
+
+def _estimate(trial: Trial) -> Outcome:
+    from .estimating import estimate
+
+    with uncompiled():
+        made = estimate(trial.kind, trial.flags, device=trial.device, steps=trial.steps, lengths=trial.lengths)
+    return Outcome(made.dry.summary(), made.dry.run.header.args, made.longest, tuple(made.assumed))
+
+
+def _measure(trial: Trial) -> Outcome:
+    from .measuring import measure
+
+    made = measure(trial.kind, trial.flags, steps=trial.steps, lengths=trial.lengths)
+    return Outcome(made.run.summary.to_json(), made.run.header.args, made.longest, tuple(made.assumed))
+
+
+def main() -> None:
+    """Work until there is nothing more to read."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    with quick_imports(), quiet():
+        import trl  # noqa: F401
+    for place, line in enumerate(sys.stdin):
+        outcome = try_out(Trial.from_json(json.loads(line)))
+        print(json.dumps(outcome.to_json()), file=answers, flush=True)
+        if place == 0:
+            gc.freeze()  # what was imported meanwhile is not to be walked after every trial
+
+
+if __name__ == "__main__":
+    main()
