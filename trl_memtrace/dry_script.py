@@ -145,8 +145,9 @@ class _Loop:
 
     def _begin(self, module: Any) -> None:
         from .records import RunHeader
-        from .run_info import describe_model, versions
+        from .run_info import describe_model
         from .tracer import MemoryTracer
+        from .versions import versions
 
         own = {id(parameter) for parameter in module.parameters()}
         for reference in self._optimizers:

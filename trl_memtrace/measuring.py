@@ -1,4 +1,4 @@
-"""measure: what a ``trl`` command takes for real, on the device that is here, with the data and steps of ``estimate``."""
+"""measure: what a ``trl`` command takes for real, on the device that is here: ``estimate``'s data and steps."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@ memory."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -13,24 +12,12 @@ from typing import TYPE_CHECKING, Any
 from .records import RunHeader, Summary
 from .sharding import class_name, strategy, whole_parameters
 from .tracer import device_of
+from .versions import versions
 
 if TYPE_CHECKING:
     from .device import Line
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = (
-    "trl-memtrace",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "deepspeed",
-    "wandb",
-)
 
 _SETTINGS = (
     "per_device_train_batch_size",
@@ -86,17 +73,6 @@ def describe_run(args: Any, model: Any, trainer: Any = None, policy: dict[str, A
         },
         args={name: settings[name] for name in _SETTINGS if name in settings},
     )
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of every package that has a say, where it is installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe_device(device_type: str, index: int) -> dict[str, Any]:

@@ -18,7 +18,10 @@ from .. import __version__
 from ..errors import MemtraceError
 from ..text import one_line
 
-COMMANDS = ("model", "load", "stages", "estimate", "dry-run", "snapshot", "report", "diff", "watch", "wandb-report")
+COMMANDS = (
+    *("model", "load", "stages", "estimate", "dry-run", "sweep", "fit"),
+    *("snapshot", "report", "diff", "watch", "wandb-report"),
+)
 """The commands, in the order in which help lists them; ``dry-run`` lives in ``dry_run.py``."""
 
 

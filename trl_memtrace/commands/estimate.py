@@ -34,6 +34,9 @@ class Kind(str, Enum):
 DeviceName = Annotated[str | None, typer.Option("--device", help="The card, such as 'A100 80GB'; none has no limit.")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Its memory instead, such as 24GiB.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="How many optimizer steps to take.")]
+Lengths = Annotated[
+    Path | None, typer.Option("--lengths", metavar="FILE", help="Tokens of each example, one integer a line.")
+]
 Record = Annotated[
     Path | None, typer.Option("--record", metavar="FOLDER", help="Write the record there, for report and diff.")
 ]
@@ -59,7 +62,22 @@ def device_of(name: str | None, memory: str | None) -> Device | None:
         raise typer.BadParameter(str(reason), param_hint="--memory") from None
 
 
-def _read_lengths(file: Path | None) -> list[int] | None:
+def trial_device(name: str | None, memory: str | None) -> str | int | None:
+    """The same, as a trial is told it.
+
+    Raises:
+        typer.BadParameter, MemtraceError: as ``device_of``.
+    """
+    card = device_of(name, memory)
+    return card if card is None else card.total_bytes if memory is not None else card.name
+
+
+def read_lengths(file: Path | None) -> list[int] | None:
+    """What ``--lengths`` names.
+
+    Raises:
+        MemtraceError: it cannot be read, or is no list of lengths.
+    """
     if file is None:
         return None
     try:
@@ -80,9 +98,7 @@ def estimate(
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,
-    lengths: Annotated[
-        Path | None, typer.Option("--lengths", metavar="FILE", help="Tokens of each example, one integer a line.")
-    ] = None,
+    lengths: Lengths = None,
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
@@ -91,7 +107,7 @@ def estimate(
     A folder with a config.json is model enough. The longest batch comes first.
     """
     card = device_of(device, memory)
-    found = _read_lengths(lengths)
+    found = read_lengths(lengths)
     with quick_imports(), quiet(), uncompiled():
         from ..estimating import estimate as run
 

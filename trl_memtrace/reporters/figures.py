@@ -112,7 +112,7 @@ def steps_figure(steps: Sequence[StepRecord]) -> Figure | None:
             others.append({"name": name, "y": [_scaled(of(step), scale) for step in shown]})
     peak = shown[highest]
     tallest = max([float(height.max()) / scale, *(max(line["y"]) for line in lines)])
-    layout = _layout("step", unit, tallest)
+    layout = base_layout("step", unit, tallest)
     layout["xaxis"] |= {
         "range": [steps[0].step, steps[-1].step],
         "tickformat": ",d",
@@ -233,7 +233,7 @@ def timeline_figure(step: StepBooks, *, counts_events: bool = False) -> Figure:
         for place, kind in enumerate(kinds)
     ]
     at = int(np.searchsorted(kept, peak))
-    layout = _layout(title, unit, step.peak_bytes / scale)
+    layout = base_layout(title, unit, step.peak_bytes / scale)
     layout["annotations"] = [
         _flag(x[at], step.peak_bytes / scale, f"peak {format_bytes(step.peak_bytes)}", (x[0], x[-1])),
         *_phase_names(step, time, divisor),
@@ -627,7 +627,7 @@ def _flag(x: float, y: float, text: str, ends: tuple[float, float]) -> dict[str,
     }
 
 
-def _layout(x_title: str, unit: str, highest: float) -> Figure:
+def base_layout(x_title: str, unit: str, highest: float) -> Figure:
     axis = {"gridcolor": _GRID, "zeroline": False, "tickfont": {"size": 11, "color": _INK}}
     title_font = {"size": 12, "color": _INK}
     return {
