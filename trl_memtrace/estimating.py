@@ -71,10 +71,12 @@ class Findings:
     Attributes:
         assumed: what had to be assumed, a sentence each.
         longest: tokens of the longest example; None where that is not known.
+        positions: how many the model has; None where its config does not say.
     """
 
     assumed: list[str] = field(default_factory=list)
     longest: int | None = None
+    positions: int | None = None
 
 
 @dataclass(slots=True)
@@ -174,6 +176,7 @@ def run_command(
         source = stack.enter_context(with_weights(source))
         model.model_name_or_path = str(source.path)
         stack.enter_context(_offline())
+        found.positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         data, tokenizer_is_real = _data(kind, script, training, mixture, source, lengths, ground, found)
         _settle(kind, script, training, mixture)
         stack.enter_context(_standing_in(kind, data, source, training, tokenizer_is_real, ground, found))

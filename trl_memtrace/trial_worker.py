@@ -11,11 +11,16 @@ import os
 import sys
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from .errors import MemtraceError
 from .process import quick_imports, quiet, uncompiled
 from .text import one_line
 from .trials import Outcome, Trial
+
+if TYPE_CHECKING:
+    from .estimating import Findings
+    from .records import RunTrace
 
 
 def try_out(trial: Trial) -> Outcome:
@@ -40,14 +45,18 @@ def _estimate(trial: Trial) -> Outcome:
 
     with uncompiled():
         made = estimate(trial.kind, trial.flags, device=trial.device, steps=trial.steps, lengths=trial.lengths)
-    return Outcome(made.dry.summary(), made.dry.run.header.args, made.longest, tuple(made.assumed))
+    return _outcome(made.dry.summary(), made.dry.run, made)
 
 
 def _measure(trial: Trial) -> Outcome:
     from .measuring import measure
 
     made = measure(trial.kind, trial.flags, steps=trial.steps, lengths=trial.lengths)
-    return Outcome(made.run.summary.to_json(), made.run.header.args, made.longest, tuple(made.assumed))
+    return _outcome(made.run.summary.to_json(), made.run, made)
+
+
+def _outcome(summary: dict[str, Any], run: RunTrace, found: Findings) -> Outcome:
+    return Outcome(summary, run.header.args, found.longest, found.positions, tuple(found.assumed))
 
 
 def main() -> None:

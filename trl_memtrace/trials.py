@@ -67,6 +67,7 @@ class Outcome:
         summary: the record's summary; None where the trial failed.
         settings: the trainer's arguments that decide memory, as in a record's header.
         longest: tokens of the longest example; None where that is not known.
+        positions: how many the model has; None where its config does not say.
         assumed: what had to be assumed, a sentence each.
         error: why there is no summary, in one line.
         seconds: how long it took.
@@ -75,6 +76,7 @@ class Outcome:
     summary: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     longest: int | None = None
+    positions: int | None = None
     assumed: tuple[str, ...] = ()
     error: str | None = None
     seconds: float = 0.0

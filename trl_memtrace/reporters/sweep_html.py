@@ -18,6 +18,7 @@ from .page import (
     facts,
     figure,
     header,
+    join,
     level,
     page,
     section,
@@ -100,18 +101,19 @@ def _parts(sweep: Sweep) -> Iterator[Part]:
 
 def _table(sweep: Sweep) -> Markup:
     unit, scale = common_unit(max((row.outcome.process_bytes or 0 for row in sweep.rows), default=0))
-    knobs = [printable(knob.name) for knob in sweep.grid.knobs]
+    knobs, errors = [printable(knob.name) for knob in sweep.grid.knobs], sweep.errors
     columns = [*knobs, f"allocated, {unit}", "reserved", "nvidia-smi", "peak in", "fits"]
-    return table(columns, ([*_cells(row, scale)] for row in sweep.rows), text_columns=range(len(knobs)))
+    rows = [[*_cells(row, scale, errors)] for row in sweep.rows]
+    notes = (
+        Markup('<p class="note">[{}] {}</p>').format(place, printable(why)) for place, why in enumerate(errors, 1)
+    )
+    return join([table(columns, rows, text_columns=(*range(len(knobs)), len(columns) - 2, len(columns) - 1)), *notes])
 
 
-def _cells(row: Row, scale: int) -> Iterator[Cell]:
+def _cells(row: Row, scale: int, errors: list[str]) -> Iterator[Cell]:
     outcome = row.outcome
     yield from map(printable, row.point.choices)
-    if outcome.error is not None:
-        yield from ("", "", "", printable(outcome.error), "")
-        return
     for held in (outcome.allocated_bytes, outcome.reserved_bytes, outcome.process_bytes):
         yield level(held, scale)
-    yield outcome.phase or ""
+    yield outcome.phase or "" if outcome.error is None else f"failed [{errors.index(outcome.error) + 1}]"
     yield "" if outcome.fits is None else "yes" if outcome.fits else "no"

@@ -79,12 +79,12 @@ def _parts(sweep: Sweep, written: Iterable[Path]) -> Iterator[RenderableType]:
 def _rows(sweep: Sweep, errors: list[str]) -> Table:
     highest = max((row.outcome.process_bytes or 0 for row in sweep.rows), default=0)
     unit, scale = common_unit(highest)
-    table = quiet_table()
+    table = quiet_table(title=f"Sizes in {unit}", title_justify="left", title_style="dim")
     for knob in sweep.grid.knobs:
         table.add_column(words(printable(knob.name)), overflow="fold")
     has_reserved = any(row.outcome.reserved_bytes is not None for row in sweep.rows)
     has_verdict = any(row.outcome.fits is not None for row in sweep.rows)
-    names = (f"allocated, {unit}", *(("reserved", "nvidia-smi") if has_reserved else ()))
+    names = ("allocated", *(("reserved", "nvidia-smi") if has_reserved else ()))
     for name in names:
         table.add_column(name, justify="right")
     table.add_column("peak in")
@@ -111,18 +111,9 @@ def _cells(row: Row, scale: int, sizes: int, has_verdict: bool, errors: list[str
 
 def _costs(costs: Iterable[Cost]) -> Table:
     table = quiet_table()
-    for name, justify in (
-        ("what a knob costs", "left"),
-        ("for", "left"),
-        ("at the peak", "right"),
-        ("of which", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for name in ("what a knob costs", "for", "at the peak", "of which"):
+        table.add_column(name, overflow="fold")
     for cost in costs:
-        table.add_row(
-            Text(words(printable(cost.knob))),
-            Text(printable(cost.what)),
-            cost_text(cost),
-            Text(mostly(cost), style="dim"),
-        )
+        names = (words(printable(cost.knob)), printable(cost.what))
+        table.add_row(*map(Text, names), cost_text(cost), Text(mostly(cost), style="dim"))
     return table
