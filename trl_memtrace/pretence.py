@@ -16,6 +16,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .fake_models import loading_fakes
+from .fake_offloading import offload_fakes
 from .kernels import functions, instead
 from .patching import Put, put_until
 from .pretended_cuda import pretend_cuda
@@ -118,7 +119,12 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
 
     put(import_utils, "is_fake_tensor", lambda value: False)
     put(training_args, "is_torch_bf16_gpu_available", lambda: True)
-    train, prepare = Trainer.train, accelerate.Accelerator.__init__
+    start, train, prepare = Trainer.__init__, Trainer.train, accelerate.Accelerator.__init__
+
+    @functools.wraps(start)
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        offload_fakes(put, dry)
+        start(self, *args, **kwargs)
 
     @functools.wraps(train)
     def train_a_little(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +137,7 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
             kwargs["mixed_precision"] = "bf16"
         prepare(self, *args, **kwargs)
 
+    put(Trainer, "__init__", make)
     write_nothing(put, folder)
     put(Trainer, "train", train_a_little)
     put(accelerate.Accelerator, "__init__", accelerator)

@@ -180,8 +180,11 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return parts(*args, **kwargs)
         self._kernels.prepare(func, self.memory)
+        pinned = kwargs.get("pin_memory")
+        if pinned:
+            kwargs = {**kwargs, "pin_memory": None}
         result = self._call(func, types, args, kwargs)
-        if func is torch.ops.aten.lift_fresh.default:
+        if pinned or func is torch.ops.aten.lift_fresh.default:
             self.keep_on_host(result)
         elif isinstance(result, torch.Tensor):
             self.see(result)
