@@ -3,6 +3,7 @@ its own. No torch."""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ _GRANULES = {_BATCH: 1, _LENGTH: 64, _RANK: 8}
 """The knobs that can be sized, and in steps of what: tensor cores like lengths and ranks that are multiples."""
 
 _MOST = {_BATCH: 4096, _LENGTH: 1 << 20, _RANK: 1024}
-_MOST_TRIALS = 12
+_LINES = 3
 _DEFAULT_RANK = 16  # TRL's
 
 Told = Callable[[str], None]
@@ -229,16 +230,16 @@ def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
 
 
 def _guesses(known: Mapping[int, Outcome], step: int, most: int) -> Iterator[int]:
-    """What to try next, until a value fits and the next larger does not, or there is nothing more to try."""
-    for _ in range(_MOST_TRIALS):
-        fitting = [value for value, outcome in known.items() if outcome.fits]
-        failing = [value for value, outcome in known.items() if not outcome.fits]
-        low = max(fitting, default=0)
-        high = min((value for value in failing if value > low), default=most + step)
+    """What to try next, until a value fits and the next larger does not, or there is nothing more to try. Where the
+    line has led nowhere a few times, every other guess halves what is left."""
+    for made in itertools.count():
+        low = max((value for value, outcome in known.items() if outcome.fits), default=0)
+        high = min((value for value in known if value > low), default=most + step)
         low_step, high_step = low // step, -(-high // step)
         if high_step - low_step <= 1:
             return
-        guess = _on_the_line(known, low, high, step)
+        halves = made >= _LINES and made % 2
+        guess = (low_step + high_step) // 2 if halves else _on_the_line(known, low, high, step)
         yield min(max(guess, low_step + 1), high_step - 1) * step
 
 

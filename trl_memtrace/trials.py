@@ -188,12 +188,14 @@ class TrialPool:
 
 
 class _Worker:
+    COMMAND = (sys.executable, "-m", "trl_memtrace.trial_worker")
+
     def __init__(self) -> None:
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "trl_memtrace.trial_worker"],
+            self.COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
