@@ -185,6 +185,19 @@ def test_the_books_of_a_dry_run_balance(tmp_path: Path) -> None:
         assert workspace <= (step.peak.categories["unattributed"] or 0) <= 2 * workspace + 4096  # one for each thread
 
 
+def test_activations_that_wait_on_the_host_are_not_on_the_card(tmp_path: Path) -> None:
+    held, rows = {}, 32
+    for offloading in (False, True):
+        with dry_run() as dry:
+            _sft(activation_offloading=offloading, per_device_train_batch_size=rows)(tmp_path).train()
+        step = dry.run.steps[1]
+        assert sum(step.peak.categories.values()) == step.peak.bytes
+        held[offloading] = step.phases["loss"].at_end["activations"]
+        assert step.phases["idle"].at_end["activations"] < 0.05 * held[False]
+    # Of the layers only those stay that were sent last: TRL waits for no more than five.
+    assert held[True] < 0.5 * held[False]
+
+
 def test_what_does_not_fit_is_said_so(tmp_path: Path) -> None:
     with dry_run(device=24 * MIB) as dry:
         _sft()(tmp_path).train()
@@ -228,6 +241,7 @@ def _state() -> dict[str, Any]:
     from torch.utils.data.dataloader import _BaseDataLoaderIter
     from transformers import modeling_utils, training_args
     from transformers.utils import import_utils
+    from trl.models.activation_offloading import OffloadActivations
 
     owners: list[Any] = [
         nn.Module,
@@ -247,6 +261,9 @@ def _state() -> dict[str, Any]:
         bitsandbytes.functional,
         torch,
         torch.cuda,
+        torch.accelerator,
+        torch.UntypedStorage,
+        OffloadActivations,
     ]
     return {f"{owner!r}.{name}": value for owner in owners for name, value in dict(vars(owner)).items()}
 
@@ -255,7 +272,7 @@ def test_nothing_of_it_stays(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained  # noqa: B018  loads what is loaded late
     before, files = _state(), set(tmp_path.iterdir())
     with dry_run():
-        _sft()(tmp_path / "out").train()
+        _sft(activation_offloading=True)(tmp_path / "out").train()
     with pytest.raises(RuntimeError, match="of the user's"), dry_run():
         raise RuntimeError("of the user's")
     after = _state()
