@@ -169,6 +169,19 @@ def test_a_model_is_loaded_without_its_weights(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_the_dtype_is_of_models_whose_loading_names_none(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "model")
+    for dtype, named, expected in (
+        ("bfloat16", {}, torch.bfloat16),
+        (torch.float16, {}, torch.float16),
+        ("bfloat16", {"dtype": torch.float32}, torch.float32),
+        (None, {}, torch.float32),
+    ):
+        with dry_run(dtype=dtype):
+            model = AutoModelForCausalLM.from_pretrained(folder, **named)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+
+
 def test_the_books_of_a_dry_run_balance(tmp_path: Path) -> None:
     with dry_run(device="Tesla T4") as dry:
         _sft(peft_config=tiny.lora())(tmp_path).train()
@@ -280,6 +293,12 @@ def test_nothing_of_it_stays(tmp_path: Path) -> None:
     assert {name for name in changed if not name.endswith(("__warningregistry__", "_lru_cache__"))} == set()
     assert set(tmp_path.iterdir()) == files
     assert type(torch.empty(1)) is torch.Tensor
+
+
+@pytest.mark.parametrize("dtype", ["half-ish", "int8", "nn", 16])
+def test_a_dtype_that_is_none_is_told(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of torch's"), dry_run(dtype=dtype):
+        pass
 
 
 def test_wrong_use_is_told(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def dry_run(
 
     Raises:
         MemtraceError: no such device.
-        ValueError: ``semantics``, ``steps`` or ``allocator`` has a value that it cannot take.
+        ValueError: ``dtype``, ``semantics``, ``steps`` or ``allocator`` has a value that it cannot take.
         DryRunError: a dry run is under way already.
     """
     if semantics not in ("cuda", "cpu"):
@@ -233,7 +233,9 @@ def dry_run(
         if isinstance(device, int)
         else device
     )
-    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
+        raise ValueError(f"dtype must be one of torch's for weights, such as 'bfloat16', not {dtype!r}")
     dry = DryRun(card, chosen, semantics, steps, AllocatorConfig.parse(allocator))
     from .pretence import pretend
 

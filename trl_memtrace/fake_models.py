@@ -125,13 +125,16 @@ def _loaded_dtype(old: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def loading_fakes(inside: Inside, outside: Inside, warm_up: Callable[[int], Any]) -> Iterator[None]:
+def loading_fakes(
+    inside: Inside, outside: Inside, warm_up: Callable[[int], Any], dtype: torch.dtype | None = None
+) -> Iterator[None]:
     """While it lasts, ``from_pretrained`` reads a config and no weights.
 
     Args:
         inside: the context of the dry run.
         outside: a context in which tensors are real.
         warm_up: see ``fill``.
+        dtype: of models whose loading names none; the config's when not given.
     """
     from transformers import modeling_utils
 
@@ -142,6 +145,8 @@ def loading_fakes(inside: Inside, outside: Inside, warm_up: Callable[[int], Any]
     resolve = modeling_utils._get_resolved_checkpoint_files
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None and kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = dtype
         with outside():
             return originals["from_pretrained"].__func__(cls, *args, **kwargs)
 

@@ -39,7 +39,7 @@ def pretend(dry: DryRun) -> Iterator[None]:
         pretend_cuda(put, dry)
         _transformers(put, dry, folder)
         _bitsandbytes(put, dry)
-        stack.enter_context(loading_fakes(dry.inside, dry.outside, functools.partial(_warm_up, dry)))
+        stack.enter_context(loading_fakes(dry.inside, dry.outside, functools.partial(_warm_up, dry), dry.dtype))
         yield
 
 
