@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from .budget import Budget, OnLimit
 from .categories import Phase
 from .errors import warn
-from .phases import COMPILED_CHILD
 from .ranks import Ranks, wait_for_ends
 from .records import FailureRecord, Peak, RunTrace, StepRecord, Summary, record_name
 from .run_info import describe_run, look_beyond
@@ -25,7 +24,7 @@ from .sinks import Sink
 from .sinks.jsonl import JsonlSink
 from .step_books import StepBooks, peak_books_path
 from .tracer import MemoryTracer, TracePolicy
-from .trainer_watch import calling_trainer, other_models, watch_trainer
+from .trainer_watch import as_called, calling_trainer, other_models, watch_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ class MemTrace(TrainerCallback):
         # Not before the first step: what fails until then fails with nothing of ours on the model.
         self._begin = functools.partial(
             MemoryTracer,
-            _as_called(model, trainer),
+            as_called(model, trainer),
             policy=self._policy,
             header=header,
             on_record=self._take,
@@ -389,12 +388,6 @@ def _any_process(flag: bool, args: Any) -> bool:
     flags = torch.tensor([flag], dtype=torch.int32, device=args.device)
     torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
     return bool(flags.item())
-
-
-def _as_called(model: Any, trainer: Any) -> Any:
-    """What the trainer calls: the compiled model, whose insides must not be hooked, where it has compiled one."""
-    wrapped = getattr(trainer, "model_wrapped", None)
-    return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
 
 
 def _checked_folder(folder: str | os.PathLike[str] | None) -> Path | None:

@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .callback import _as_called
 from .run_info import describe_run
 from .tracer import MemoryTracer
-from .trainer_watch import other_models
+from .trainer_watch import as_called, other_models
 
 
 class DryTrace(TrainerCallback):
@@ -30,7 +29,7 @@ class DryTrace(TrainerCallback):
         if self._tracer is None:
             header = describe_run(args, model, self._trainer, {})
             self._tracer = MemoryTracer(
-                _as_called(model, self._trainer), optimizer, header=header, others=other_models(self._trainer, model)
+                as_called(model, self._trainer), optimizer, header=header, others=other_models(self._trainer, model)
             )
         self._tracer.begin_step(state.global_step + 1, optimizer)
 

@@ -24,11 +24,10 @@ from .kernels import Card, CpuKernels, CudaKernels, DeviceFunctions
 from .recorders.fake import FakeMemory, StorageWatch
 from .records import RunTrace, dump_line, record_name
 from .step_books import peak_books_path
+from .underway import current, under_way
 
 DEFAULT_CAPABILITY = (8, 0)
 """Of a device of which only the memory is known."""
-
-_current: list[DryRun] = []
 
 
 def _downwards() -> Callable[[int], int]:
@@ -224,7 +223,7 @@ def dry_run(
         raise ValueError(f"semantics must be 'cuda' or 'cpu', not {semantics!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an integer of 1 or more, not {steps!r}")
-    if _current:
+    if current() is not None:
         raise DryRunError("a dry run is under way already")
     card = (
         find_device(device)
@@ -240,14 +239,8 @@ def dry_run(
     from .pretence import pretend
 
     with ExitStack() as stack:
-        _current.append(dry)
-        stack.callback(_current.clear)
+        stack.enter_context(under_way(dry))
         stack.enter_context(pretend(dry))
         stack.enter_context(dry.functions)
         stack.enter_context(dry.inside())
         yield dry
-
-
-def current() -> DryRun | None:
-    """The dry run under way."""
-    return _current[-1] if _current else None

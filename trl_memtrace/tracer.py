@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import dryrun
 from .advice import suggest
 from .attribution import Books, Claims
 from .bookkeeping import books_of_step, keep_books, last_allocation, peak_at, step_record
@@ -28,10 +27,10 @@ from .owners import Found, Owners, Row, activation_roles, tensors_in
 from .phases import COMPILED_CHILD, Hook, PhaseWatch, generate_watch, is_compiled
 from .recorders import AnyRecording, Recorder, RecorderBusyError, WholeRecording
 from .recorders.counters import AcceleratorCounters, CountersRecorder
-from .recorders.fake import FakeRecorder
 from .records import FailureRecord, Peak, RunHeader, RunTrace, StepRecord, Summary
 from .sharding import unwrapped
 from .step_books import StepBooks
+from .underway import current
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,7 +160,7 @@ class MemoryTracer:
             self._recorder = _recorder_for(device_type, index)
         if self._closed:
             return
-        dry = dryrun.current()
+        dry = current()
         if dry is not None:
             self.summary.header = replace(self.summary.header, source="dry_run", device=dry.describe_device())
             dry.adopt(self)
@@ -777,8 +776,10 @@ def device_of(model: nn.Module) -> tuple[str, int]:
 
 
 def _recorder_for(device_type: str, index: int) -> Recorder | None:
-    dry = dryrun.current()
+    dry = current()
     if dry is not None:
+        from .recorders.fake import FakeRecorder
+
         return FakeRecorder(dry.memory)
     if device_type == "cpu":
         from .recorders.cpu import CpuRecorder

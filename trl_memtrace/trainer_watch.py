@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from .categories import Phase
+from .phases import COMPILED_CHILD
 
 _PHASES = {"evaluate": Phase.EVALUATE, "_save_checkpoint": Phase.SAVE}
 
@@ -150,3 +151,9 @@ def _phase(watcher: Watcher, phase: Phase, running: list[Phase]) -> Callable[[_C
         return watched
 
     return wrapper
+
+
+def as_called(model: Any, trainer: Any) -> Any:
+    """What the trainer calls: the compiled model, whose insides must not be hooked, where it has compiled one."""
+    wrapped = getattr(trainer, "model_wrapped", None)
+    return wrapped if COMPILED_CHILD in getattr(wrapped, "_modules", ()) else model
