@@ -57,10 +57,17 @@ class DryRun:
     """
 
     def __init__(
-        self, device: Device | None, dtype: torch.dtype | None, semantics: str, steps: int, allocator: AllocatorConfig
+        self,
+        device: Device | None,
+        dtype: torch.dtype | None,
+        semantics: str,
+        steps: int,
+        allocator: AllocatorConfig,
+        ranks: int = 1,
     ) -> None:
         self.device = device
         self.steps = steps
+        self.ranks = ranks
         self.dtype = dtype
         self._semantics = semantics
         self._runs: list[Any] = []
@@ -130,6 +137,12 @@ class DryRun:
             yield
 
     @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Tensors are fake and in the host's memory."""
+        with self.inside(), self.watch.elsewhere():
+            yield
+
+    @contextmanager
     def outside(self) -> Iterator[None]:
         """Tensors are real."""
         from torch.utils._python_dispatch import _disable_current_modes
@@ -191,6 +204,7 @@ def dry_run(
     semantics: str = "cuda",
     steps: int = 2,
     allocator: str = "",
+    ranks: int = 1,
 ) -> Iterator[DryRun]:
     """Run code without its memory and without its arithmetic, and learn what it would have taken.
 
@@ -208,16 +222,19 @@ def dry_run(
         semantics: ``"cuda"``, or ``"cpu"`` to do as the CPU's kernels and allocator do.
         steps: how many optimizer steps a Trainer takes.
         allocator: ``PYTORCH_CUDA_ALLOC_CONF`` for the simulated allocator.
+        ranks: how many processes train together; this is the first of them, and nobody else is there.
 
     Raises:
         MemtraceError: no such device.
-        ValueError: ``semantics``, ``steps`` or ``allocator`` has a value that it cannot take.
+        ValueError: ``semantics``, ``steps``, ``allocator`` or ``ranks`` has a value that it cannot take.
         DryRunError: a dry run is under way already.
+        RankError: there are to be several ranks, and this process is one of several itself.
     """
     if semantics not in ("cuda", "cpu"):
         raise ValueError(f"semantics must be 'cuda' or 'cpu', not {semantics!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of 1 or more, not {steps!r}")
+    for name, value in (("steps", steps), ("ranks", ranks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
     if _current:
         raise DryRunError("a dry run is under way already")
     card = (
@@ -228,7 +245,7 @@ def dry_run(
         else device
     )
     chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    dry = DryRun(card, chosen, semantics, steps, AllocatorConfig.parse(allocator))
+    dry = DryRun(card, chosen, semantics, steps, AllocatorConfig.parse(allocator), ranks)
     from .pretence import pretend
 
     with ExitStack() as stack:

@@ -41,7 +41,7 @@ _ONLINE = ("grpo", "rloo")
 _PROMPT_TOKENS = 512
 _LONGEST_ASSUMED = 2048
 _ROWS_READ = 20_000
-_NOT_ONE_DEVICE = ("deepspeed", "fsdp", "use_vllm", "use_transformers_continuous_batching")
+_OTHER_ENGINES = ("deepspeed", "use_vllm", "use_transformers_continuous_batching")
 
 
 class FlagError(MemtraceError):
@@ -72,6 +72,7 @@ def estimate(
     device: str | int | Device | None = None,
     steps: int = 2,
     lengths: Sequence[int] | None = None,
+    ranks: int = 1,
 ) -> Estimate:
     """Run ``trl KIND FLAGS`` on fake tensors: TRL's own parser, configs, script and trainer.
 
@@ -85,6 +86,7 @@ def estimate(
         steps: how many optimizer steps to take.
         lengths: tokens of each example (of its prompt, for grpo and rloo). When not given, those of the dataset that
             the flags name, where it is on this machine and the model's tokenizer too; else ``max_length`` each.
+        ranks: how many processes train together, each on a card of its own; what is estimated is the first of them.
 
     Raises:
         FlagError: TRL does not take the flags.
@@ -98,9 +100,9 @@ def estimate(
         raise ValueError("lengths must be positive numbers of tokens, one at least")
     module = importlib.import_module(f"trl.scripts.{kind}")
     with ExitStack() as stack:
-        dry = stack.enter_context(dry_run(device, steps=steps))
+        dry = stack.enter_context(dry_run(device, steps=steps, ranks=ranks))
         script, training, model, mixture = _parse(module, kind, flags)
-        _refuse(kind, training)
+        _refuse(kind, training, ranks)
         source = stack.enter_context(_model_folder(model.model_name_or_path))
         model.model_name_or_path = str(source.path)
         made = Estimate(dry)
@@ -141,12 +143,12 @@ def _with_output(flags: Sequence[str]) -> list[str]:
     return [*flags] if named or "--config" in flags else [*flags, "--output_dir", "out"]
 
 
-def _refuse(kind: str, training: Any) -> None:
-    for name in _NOT_ONE_DEVICE:
+def _refuse(kind: str, training: Any, ranks: int) -> None:
+    for name in _OTHER_ENGINES:
         if getattr(training, name, None):
-            raise DryRunError(
-                f"trl {kind} with --{name} cannot be faked: a dry run is of one device and of torch alone"
-            )
+            raise DryRunError(f"trl {kind} with --{name} cannot be faked: a dry run is of torch alone")
+    if training.fsdp and ranks == 1:
+        raise FlagError("--fsdp shards a model between ranks: say with --num_processes how many")
 
 
 def _settle(kind: str, script: Any, training: Any, mixture: Any) -> None:

@@ -125,12 +125,13 @@ def _loaded_dtype(old: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 @contextmanager
-def loading_fakes(inside: Inside, outside: Inside, warm_up: Callable[[int], Any]) -> Iterator[None]:
+def loading_fakes(inside: Inside, outside: Inside, on_host: Inside, warm_up: Callable[[int], Any]) -> Iterator[None]:
     """While it lasts, ``from_pretrained`` reads a config and no weights.
 
     Args:
         inside: the context of the dry run.
         outside: a context in which tensors are real.
+        on_host: where a model goes whose loading names no device.
         warm_up: see ``fill``.
     """
     from transformers import modeling_utils
@@ -146,7 +147,7 @@ def loading_fakes(inside: Inside, outside: Inside, warm_up: Callable[[int], Any]
             return originals["from_pretrained"].__func__(cls, *args, **kwargs)
 
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
-        fill(model, load_config, inside, warm_up)
+        fill(model, load_config, inside if load_config.device_map is not None else on_host, warm_up)
         with inside():
             model.tie_weights()
         return None, None

@@ -16,6 +16,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .fake_models import loading_fakes
+from .fake_ranks import first_of
 from .kernels import functions, instead
 from .pretended_cuda import pretend_cuda
 
@@ -36,7 +37,11 @@ def pretend(dry: DryRun) -> Iterator[None]:
         pretend_cuda(put, dry)
         _transformers(put, dry, folder)
         _bitsandbytes(put, dry)
-        stack.enter_context(loading_fakes(dry.inside, dry.outside, functools.partial(_warm_up, dry)))
+        if dry.ranks > 1:
+            stack.enter_context(first_of(dry.ranks, put, dry))
+        # One process alone is about to have it on its card; of several, each may take no more than its shard there.
+        host = dry.on_host if dry.ranks > 1 and dry.is_cuda else dry.inside
+        stack.enter_context(loading_fakes(dry.inside, dry.outside, host, functools.partial(_warm_up, dry)))
         yield
 
 
