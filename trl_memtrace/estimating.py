@@ -41,7 +41,7 @@ _ONLINE = ("grpo", "rloo")
 _PROMPT_TOKENS = 512
 _LONGEST_ASSUMED = 2048
 _ROWS_READ = 20_000
-_OTHER_ENGINES = ("deepspeed", "use_vllm", "use_transformers_continuous_batching")
+_OTHER_ENGINES = ("use_vllm", "use_transformers_continuous_batching")
 
 
 class FlagError(MemtraceError):
@@ -147,8 +147,12 @@ def _refuse(kind: str, training: Any, ranks: int) -> None:
     for name in _OTHER_ENGINES:
         if getattr(training, name, None):
             raise DryRunError(f"trl {kind} with --{name} cannot be faked: a dry run is of torch alone")
-    if training.fsdp and ranks == 1:
-        raise FlagError("--fsdp shards a model between ranks: say with --num_processes how many")
+    for name in ("fsdp", "deepspeed"):
+        if getattr(training, name) and ranks == 1:
+            raise FlagError(f"--{name} is for several ranks: say with --num_processes how many")
+    zero = getattr(training, "hf_deepspeed_config", None)
+    if (zero is not None and zero.is_offload()) or (training.fsdp_plugin_args or {}).get("cpu_offload"):
+        raise DryRunError("what is offloaded to the host cannot be told from what is on the card in a dry run")
 
 
 def _settle(kind: str, script: Any, training: Any, mixture: Any) -> None:

@@ -14,6 +14,7 @@ from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import MemtraceError
+from .fake_deepspeed import pretend_deepspeed
 
 if TYPE_CHECKING:
     from .dryrun import DryRun
@@ -43,6 +44,7 @@ def first_of(ranks: int, put: Put, dry: DryRun) -> Iterator[None]:
         stack.enter_context(_accelerate_anew())
         _accelerate(put)
         stack.enter_context(_group(ranks))
+        stack.enter_context(pretend_deepspeed(put, dry))
         _ddp(put)
         _fsdp(put, dry, ranks)
         yield
@@ -115,7 +117,7 @@ def _accelerate(put: Put) -> None:
 
 def _fsdp(put: Put, dry: DryRun, ranks: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp._fully_shard import _fsdp_init
+    from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
     mesh = init_device_mesh("cpu", (ranks,))  # made here, since it works with the values of tensors
@@ -129,6 +131,7 @@ def _fsdp(put: Put, dry: DryRun, ranks: int) -> None:
         move(params, buffers, device)
 
     put(_fsdp_init, "_move_states_to_device", to_device)
+    put(_fsdp_param, "_chunk_with_empty", _first_chunk)
     shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def shape_elsewhere(self: Any, operator: Any) -> Any:
@@ -148,6 +151,12 @@ def _fsdp(put: Put, dry: DryRun, ranks: int) -> None:
     put(torch.UntypedStorage, "resize_", resize_seen)
     # accelerate finds the parameters of its optimizer again by their addresses
     put(FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata + self.storage_offset() * self.itemsize)
+
+
+def _first_chunk(tensor: torch.Tensor, chunks: int, dim: int) -> list[torch.Tensor]:
+    """As ``torch.chunk`` deals them out. FSDP asks for the first and for its own, and these are one here; to make a
+    thousand for each parameter would take most of the time."""
+    return [tensor.narrow(dim, 0, -(-tensor.size(dim) // chunks))] * chunks
 
 
 # --- DDP -------------------------------------------------------------------------------------------------------------

@@ -33,12 +33,12 @@ def pretend(dry: DryRun) -> Iterator[None]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memtrace-"))
         put = functools.partial(put_until, stack)
+        if dry.ranks > 1:  # first, since libraries are loaded for it and look at what is changed below
+            stack.enter_context(first_of(dry.ranks, put, dry))
         _torch(put, dry)
         pretend_cuda(put, dry)
         _transformers(put, dry, folder)
         _bitsandbytes(put, dry)
-        if dry.ranks > 1:
-            stack.enter_context(first_of(dry.ranks, put, dry))
         # One process alone is about to have it on its card; of several, each may take no more than its shard there.
         host = dry.on_host if dry.ranks > 1 and dry.is_cuda else dry.inside
         stack.enter_context(loading_fakes(dry.inside, dry.outside, host, functools.partial(_warm_up, dry)))

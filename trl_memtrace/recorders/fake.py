@@ -204,7 +204,7 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.keep_on_host(tensor)
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._host or not isinstance(tensor, FakeTensor):
+        if key in self._host or not isinstance(tensor, FakeTensor) or tensor.fake_device.type == "meta":
             return
         if not self.memory.holds(key):
             self._allocate(storage)
