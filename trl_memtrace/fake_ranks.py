@@ -100,7 +100,7 @@ def _accelerate_anew() -> Iterator[None]:
 def _accelerate(put: Put) -> None:
     """The tensors are on the CPU, and are to be trained as on one card of several."""
     from accelerate.state import PartialState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, dataclasses
 
     def choose(self: Any, cpu: bool = False, sagemaker_dp: bool = False, backend: str | None = None) -> Any:
         return backend or "fake", DistributedType.MULTI_GPU
@@ -110,6 +110,7 @@ def _accelerate(put: Put) -> None:
 
     put(PartialState, "_prepare_backend", choose)
     put(PartialState, "set_device", stay_on_cpu)
+    put(dataclasses, "is_cuda_available", lambda: True)  # for FSDP1, which it asks where to put what rank 0 sends
 
 
 # --- FSDP ------------------------------------------------------------------------------------------------------------
@@ -117,6 +118,7 @@ def _accelerate(put: Put) -> None:
 
 def _fsdp(put: Put, dry: DryRun, ranks: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import _init_utils
     from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
 
@@ -131,6 +133,7 @@ def _fsdp(put: Put, dry: DryRun, ranks: int) -> None:
         move(params, buffers, device)
 
     put(_fsdp_init, "_move_states_to_device", to_device)
+    put(_init_utils, "_sync_module_params_and_buffers", lambda *args: None)  # FSDP1's; it would send values
     put(_fsdp_param, "_chunk_with_empty", _first_chunk)
     shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
@@ -175,8 +178,23 @@ def _ddp(put: Put) -> None:
     def make_with_hook(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         self.register_comm_hook(None, lambda state, bucket: _reduced(bucket))  # whose annotations DDP would check
+        self.reducer = _Steady(self.reducer)
 
     put(ddp.DistributedDataParallel, "__init__", make_with_hook)
+
+
+class _Steady:
+    """A reducer that keeps the buckets that it begins with. After the first backward it would order them anew, in
+    other blocks of as many bytes together, and asks the others whether they agree."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 def _reduced(bucket: Any) -> torch.futures.Future[torch.Tensor]:
