@@ -297,7 +297,7 @@ def check_dry_run(folder: Path, launched: Launched, kind: str, **settings: Any) 
         for phase, levels in step.phases.items():
             held = told.phases[phase].at_end
             for category in ("weights", "gradients", "communication"):
-                assert held[category] == levels.at_end[category], (phase, category)
+                assert held[category] == pytest.approx(levels.at_end[category], abs=2 * FLOAT), (phase, category)
             counts = levels.at_end["optimizer_states"] - held["optimizer_states"]
             assert 0 <= counts <= FLOAT * len(NUMELS), phase
             assert told.phases[phase].peak_bytes == pytest.approx(levels.peak_bytes, rel=0.005, abs=tensors), phase

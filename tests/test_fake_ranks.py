@@ -100,8 +100,8 @@ def test_ddp_has_buckets_as_large_as_its_gradients(folder: Path) -> None:
 
 
 def test_ddp_takes_a_megabyte_first_and_then_what_it_is_told(tmp_path: Path) -> None:
-    """The first parameters fill a bucket of 1 MiB at least, the others some of ``ddp_bucket_cap_mb``, and the last come
-    first: torch's ``_DEFAULT_FIRST_BUCKET_BYTES`` and ``DistributedDataParallel._ddp_init_helper``."""
+    """The first parameters fill a bucket of 1 MiB at least, others some of ``ddp_bucket_cap_mb``; the last come first:
+    torch's ``_DEFAULT_FIRST_BUCKET_BYTES`` and ``DistributedDataParallel._ddp_init_helper``."""
     model = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
     sizes = [4 * parameter.numel() for parameter in tiny.model(**model).parameters()]
     expected, bucket, limit = [], 0, 1 << 20
