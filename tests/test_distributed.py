@@ -22,6 +22,7 @@ import tiny
 
 from trl_memtrace import MemTrace, RunTrace
 from trl_memtrace.commands.report import report
+from trl_memtrace.dryrun import dry_run
 from trl_memtrace.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -259,10 +260,62 @@ def test_a_rank_that_is_killed_costs_nobody_else_anything(ddp, capsys):
     assert told in (folder / "memtrace" / "report.html").read_text()
 
 
+FLAGS: dict[str, dict[str, Any]] = {
+    "ddp": {"use_cpu": True},
+    "fsdp2": {"use_cpu": True, "fsdp": True},
+    "fsdp1": {"use_cpu": True, "fsdp": True, "fsdp_config": {"version": 1}},
+    **{
+        f"zero{stage}": {
+            "deepspeed": {
+                "zero_optimization": {"stage": stage},
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+            }
+        }
+        for stage in (1, 2, 3)
+    },
+}
+"""What says to the Trainer what the launch files say to accelerate."""
+
+
+def check_dry_run(folder: Path, launched: Launched, kind: str, **settings: Any) -> None:
+    """A dry run of the first rank, on this process alone, is what the first rank was."""
+    real, ranks = launched.runs()[0], len(launched.seen)
+    with dry_run(semantics="cpu", steps=STEPS, ranks=ranks) as dry:
+        given = {"use_cpu": False, "ddp_backend": "gloo", "max_grad_norm": 1.0, **FLAGS[kind], **settings}
+        tiny.trainer(folder, **given).train()
+    for name in ("world_size", "rank", "strategy", "class"):
+        assert dry.run.header.trainer[name] == real.header.trainer[name], name
+    assert dry.run.header.model == real.header.model
+    assert len(dry.run) == len(real) == STEPS
+    tensors = FLOAT * 4 * len(NUMELS)  # the optimizer's step counts, and numbers that are there for a moment
+    for step, told in zip(real, dry.run, strict=True):
+        assert told.peak.bytes == pytest.approx(step.peak.bytes, rel=0.0005, abs=tensors)
+        assert told.peak.categories["unattributed"] <= 0.001 * told.peak.bytes
+        assert told.phases.keys() == step.phases.keys()
+        for phase, levels in step.phases.items():
+            held = told.phases[phase].at_end
+            for category in ("weights", "gradients", "communication"):
+                assert held[category] == pytest.approx(levels.at_end[category], abs=2 * FLOAT), (phase, category)
+            counts = levels.at_end["optimizer_states"] - held["optimizer_states"]
+            assert 0 <= counts <= FLOAT * len(NUMELS), phase
+            assert told.phases[phase].peak_bytes == pytest.approx(levels.peak_bytes, rel=0.005, abs=tensors), phase
+        for role, size in step.peak.roles.items():
+            if role.startswith(("weights/trainable", "gradients/", "communication/", "optimizer_states/")):
+                assert told.peak.roles.get(role, 0) == size or role == "optimizer_states/step", role
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed)])
+def test_a_dry_run_is_what_the_first_rank_is(kind, request, tmp_path):
+    check_dry_run(tmp_path, request.getfixturevalue(kind), kind)
+
+
 @pytest.mark.slow
 def test_fsdp1_holds_flat_shards(tmp_path):
     launched = launch(tmp_path, "fsdp1")
     check_run(launched, "fsdp1")
+    check_dry_run(tmp_path / "dry", launched, "fsdp1")
     for run in launched.runs():
         assert roles(run, "weights/trainable") == {WHOLE // 2}
         assert roles(run, "optimizer_states/exp_avg") == {WHOLE // 2}
@@ -276,6 +329,7 @@ def test_fsdp2_on_three_ranks_with_accumulation_and_checkpointing(tmp_path):
     settings = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     launched = launch(tmp_path, "fsdp2", 3, settings=settings)
     check_run(launched, "fsdp2")
+    check_dry_run(tmp_path / "dry", launched, "fsdp2", **settings)
     for rank, run in enumerate(launched.runs()):
         assert roles(run, "weights/trainable") == {fsdp2_bytes(rank, 3)}
         for step in run:
@@ -287,6 +341,7 @@ def test_fsdp2_on_three_ranks_with_accumulation_and_checkpointing(tmp_path):
 def test_zero1_holds_partitions_of_states(tmp_path):
     launched = launch(tmp_path, "zero1")
     check_run(launched, "zero1")
+    check_dry_run(tmp_path / "dry", launched, "zero1")
     for run in launched.runs():
         assert roles(run, "weights/trainable") == {WHOLE}
         assert roles(run, "optimizer_states/master_weights") == {WHOLE // 2}
@@ -298,6 +353,7 @@ def test_zero1_holds_partitions_of_states(tmp_path):
 def test_zero3_holds_partitions_of_weights_too(tmp_path):
     launched = launch(tmp_path, "zero3", apart=free_ports(2))
     check_run(launched, "zero3")
+    check_dry_run(tmp_path / "dry", launched, "zero3")
     for run in launched.runs():
         assert roles(run, "weights/trainable") == {WHOLE // 2}
         assert roles(run, "optimizer_states/master_weights") == {WHOLE // 2}

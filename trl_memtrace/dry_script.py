@@ -22,7 +22,9 @@ class ScriptError(MemtraceError):
     """A script that cannot be run, that failed, or that trained nothing."""
 
 
-def run_script(script: Path, arguments: Sequence[str], *, device: Any = None, steps: int = 2) -> DryRun:
+def run_script(
+    script: Path, arguments: Sequence[str], *, device: Any = None, steps: int = 2, ranks: int = 1
+) -> DryRun:
     """Run a script as ``python SCRIPT ARGUMENTS`` would, on fake tensors, until it has trained.
 
     What is traced is the first training in it: a Trainer's, or a loop of its own with an optimizer of torch's kind.
@@ -32,13 +34,14 @@ def run_script(script: Path, arguments: Sequence[str], *, device: Any = None, st
         arguments: its ``sys.argv[1:]``.
         device: as for ``dry_run``.
         steps: how many optimizer steps to take.
+        ranks: as for ``dry_run``.
 
     Raises:
         ScriptError: it cannot be run, failed or trained nothing; the message names the line.
     """
     if not script.is_file():
         raise ScriptError(f"{script}: no such script")
-    with dry_run(device, steps=steps) as dry, until_trained(dry):
+    with dry_run(device, steps=steps, ranks=ranks) as dry, until_trained(dry):
         _run(script, arguments)
     try:
         dry.run  # noqa: B018

@@ -29,7 +29,11 @@ class DryTrace(TrainerCallback):
         if self._tracer is None:
             header = describe_run(args, model, self._trainer, {})
             self._tracer = MemoryTracer(
-                as_called(model, self._trainer), optimizer, header=header, others=other_models(self._trainer, model)
+                as_called(model, self._trainer),
+                optimizer,
+                header=header,
+                others=other_models(self._trainer, model),
+                wrapper=getattr(self._trainer, "model_wrapped", None),
             )
         self._tracer.begin_step(state.global_step + 1, optimizer)
 

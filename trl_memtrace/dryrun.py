@@ -56,10 +56,17 @@ class DryRun:
     """
 
     def __init__(
-        self, device: Device | None, dtype: torch.dtype | None, semantics: str, steps: int, allocator: AllocatorConfig
+        self,
+        device: Device | None,
+        dtype: torch.dtype | None,
+        semantics: str,
+        steps: int,
+        allocator: AllocatorConfig,
+        ranks: int = 1,
     ) -> None:
         self.device = device
         self.steps = steps
+        self.ranks = ranks
         self.dtype = dtype
         self._semantics = semantics
         self._runs: list[Any] = []
@@ -126,6 +133,12 @@ class DryRun:
     def inside(self) -> Iterator[None]:
         """Tensors are fake and counted."""
         with self.fake_mode, self.watch:
+            yield
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Tensors are fake and in the host's memory."""
+        with self.inside(), self.watch.elsewhere():
             yield
 
     @contextmanager
@@ -196,6 +209,7 @@ def dry_run(
     semantics: str = "cuda",
     steps: int = 2,
     allocator: str = "",
+    ranks: int = 1,
 ) -> Iterator[DryRun]:
     """Run code without its memory and without its arithmetic, and learn what it would have taken.
 
@@ -213,16 +227,19 @@ def dry_run(
         semantics: ``"cuda"``, or ``"cpu"`` to do as the CPU's kernels and allocator do.
         steps: how many optimizer steps a Trainer takes.
         allocator: ``PYTORCH_CUDA_ALLOC_CONF`` for the simulated allocator.
+        ranks: how many processes train together; this is the first of them, and nobody else is there.
 
     Raises:
         MemtraceError: no such device.
-        ValueError: ``dtype``, ``semantics``, ``steps`` or ``allocator`` has a value that it cannot take.
+        ValueError: ``dtype``, ``semantics``, ``steps``, ``allocator`` or ``ranks`` has a value that it cannot take.
         DryRunError: a dry run is under way already.
+        RankError: there are to be several ranks, and this process is one of several itself.
     """
     if semantics not in ("cuda", "cpu"):
         raise ValueError(f"semantics must be 'cuda' or 'cpu', not {semantics!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of 1 or more, not {steps!r}")
+    for name, value in (("steps", steps), ("ranks", ranks)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of 1 or more, not {value!r}")
     if current() is not None:
         raise DryRunError("a dry run is under way already")
     card = (
@@ -235,7 +252,7 @@ def dry_run(
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(chosen, torch.dtype) and chosen.is_floating_point):
         raise ValueError(f"dtype must be one of torch's for weights, such as 'bfloat16', not {dtype!r}")
-    dry = DryRun(card, chosen, semantics, steps, AllocatorConfig.parse(allocator))
+    dry = DryRun(card, chosen, semantics, steps, AllocatorConfig.parse(allocator), ranks)
     from .pretence import pretend
 
     with ExitStack() as stack:

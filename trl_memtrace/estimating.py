@@ -40,7 +40,7 @@ _ONLINE = ("grpo", "rloo")
 _PROMPT_TOKENS = 512
 _LONGEST_ASSUMED = 2048
 _ROWS_READ = 20_000
-_NOT_ONE_DEVICE = ("deepspeed", "fsdp", "use_vllm", "use_transformers_continuous_batching")
+_OTHER_ENGINES = ("use_vllm", "use_transformers_continuous_batching")
 
 
 class FlagError(MemtraceError):
@@ -52,10 +52,14 @@ class Ground(Protocol):
 
     Attributes:
         steps: how many optimizer steps are taken.
+        ranks: how many processes train together.
     """
 
     @property
     def steps(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
 
     def outside(self) -> AbstractContextManager[None]:
         """Where tensors are real."""
@@ -101,6 +105,7 @@ def estimate(
     device: str | int | Device | None = None,
     steps: int = 2,
     lengths: Sequence[int] | None = None,
+    ranks: int = 1,
 ) -> Estimate:
     """Run ``trl KIND FLAGS`` on fake tensors: TRL's own parser, configs, script and trainer.
 
@@ -114,6 +119,7 @@ def estimate(
         steps: how many optimizer steps to take.
         lengths: tokens of each example (of its prompt, for grpo and rloo). When not given, those of the dataset that
             the flags name, where it is on this machine and the model's tokenizer too; else ``max_length`` each.
+        ranks: how many processes train together, each on a card of its own; what is estimated is the first of them.
 
     Raises:
         FlagError: TRL does not take the flags.
@@ -123,7 +129,7 @@ def estimate(
     """
     check(kind, lengths)
     with ExitStack() as stack:
-        made = Estimate(stack.enter_context(dry_run(device, steps=steps)))
+        made = Estimate(stack.enter_context(dry_run(device, steps=steps, ranks=ranks)))
         if kind in _ONLINE:
             from .rollout import short_generation
 
@@ -171,7 +177,7 @@ def run_command(
     module = importlib.import_module(f"trl.scripts.{kind}")
     with ExitStack() as stack:
         script, training, model, mixture = _parse(module, kind, flags)
-        _refuse(kind, training)
+        _refuse(kind, training, ground.ranks)
         source = stack.enter_context(_model_folder(model.model_name_or_path))
         source = stack.enter_context(with_weights(source))
         model.model_name_or_path = str(source.path)
@@ -212,12 +218,16 @@ def _with_output(flags: Sequence[str]) -> list[str]:
     return [*flags] if named or "--config" in flags else [*flags, "--output_dir", "out"]
 
 
-def _refuse(kind: str, training: Any) -> None:
-    for name in _NOT_ONE_DEVICE:
+def _refuse(kind: str, training: Any, ranks: int) -> None:
+    for name in _OTHER_ENGINES:
         if getattr(training, name, None):
-            raise DryRunError(
-                f"trl {kind} with --{name} cannot be faked: a dry run is of one device and of torch alone"
-            )
+            raise DryRunError(f"trl {kind} with --{name} cannot be faked: a dry run is of torch alone")
+    for name in ("fsdp", "deepspeed"):
+        if getattr(training, name) and ranks == 1:
+            raise FlagError(f"--{name} is for several ranks: say with --num_processes how many")
+    zero = getattr(training, "hf_deepspeed_config", None)
+    if (zero is not None and zero.is_offload()) or (training.fsdp_plugin_args or {}).get("cpu_offload"):
+        raise DryRunError("what is offloaded to the host cannot be told from what is on the card in a dry run")
 
 
 def _settle(kind: str, script: Any, training: Any, mixture: Any) -> None:

@@ -117,13 +117,18 @@ def _add(parts: list[Any], value: Any) -> bool:
 def _description(result: Any, args: Any, kwargs: Any) -> Any:
     """What a result is to be made from again; None where it shares a storage with an argument after all."""
     made = result if isinstance(result, tuple) else (result,)
-    if not all(type(item) is FakeTensor and item.constant is None and not item.is_complex() for item in made):
+    if not all(_is_plain(item) for item in made):
         return None
     given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)}
     if any(item.untyped_storage()._cdata in given for item in made):
         return None
     descriptions = tuple(_Made(item) for item in made)
     return descriptions if isinstance(result, tuple) else descriptions[0]
+
+
+def _is_plain(made: Any) -> bool:
+    """Whether nothing is to be known of a tensor but its layout and type."""
+    return type(made) is FakeTensor and made.constant is None and not made.is_complex() and made.fake_device == _CPU
 
 
 def _stand_in(func: Any, args: Any, kwargs: Any) -> Any:

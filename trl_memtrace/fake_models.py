@@ -126,13 +126,14 @@ def _loaded_dtype(old: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def loading_fakes(
-    inside: Inside, outside: Inside, warm_up: Callable[[int], Any], dtype: torch.dtype | None = None
+    inside: Inside, outside: Inside, on_host: Inside, warm_up: Callable[[int], Any], dtype: torch.dtype | None = None
 ) -> Iterator[None]:
     """While it lasts, ``from_pretrained`` reads a config and no weights.
 
     Args:
         inside: the context of the dry run.
         outside: a context in which tensors are real.
+        on_host: where a model goes whose loading names no device.
         warm_up: see ``fill``.
         dtype: of models whose loading names none; the config's when not given.
     """
@@ -151,7 +152,7 @@ def loading_fakes(
             return originals["from_pretrained"].__func__(cls, *args, **kwargs)
 
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *rest: Any) -> Any:
-        fill(model, load_config, inside, warm_up)
+        fill(model, load_config, inside if load_config.device_map is not None else on_host, warm_up)
         with inside():
             model.tie_weights()
         return None, None

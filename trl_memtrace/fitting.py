@@ -126,6 +126,7 @@ class _Fitter:
     device: str | int
     steps: int
     lengths: tuple[int, ...] | None
+    ranks: int
     tell: Told
     _made: dict[tuple[str, ...], Future[Outcome]] = field(default_factory=dict)
 
@@ -133,7 +134,9 @@ class _Fitter:
         """Have the command tried with some flags set anew; once, however often that is asked."""
         flags = changed(self.flags, changes)
         if flags not in self._made:
-            self._made[flags] = self.pool.submit(Trial(self.kind, flags, self.device, self.steps, self.lengths))
+            self._made[flags] = self.pool.submit(
+                Trial(self.kind, flags, self.device, self.steps, self.lengths, ranks=self.ranks)
+            )
         return self._made[flags]
 
     def tried(self, changes: Sequence[Flag] = ()) -> Outcome:
@@ -151,6 +154,7 @@ def fit(
     savers: bool = True,
     steps: int = 2,
     lengths: Sequence[int] | None = None,
+    ranks: int = 1,
     workers: int = 2,
     tell: Told = lambda what: None,
 ) -> Fit:
@@ -165,6 +169,7 @@ def fit(
         savers: whether to try what saves memory.
         steps: how many optimizer steps to take.
         lengths: tokens of each example, as for ``estimate``.
+        ranks: how many processes train together, each on such a card.
         workers: how many processes work beside each other.
         tell: is told what is being tried.
 
@@ -177,7 +182,8 @@ def fit(
         if knob not in _GRANULES:
             raise ValueError(f"a knob to size is one of {', '.join(_GRANULES)}, not {knob!r}")
     with TrialPool(workers) as pool:
-        fitter = _Fitter(pool, kind, tuple(flags), device, steps, None if lengths is None else tuple(lengths), tell)
+        tokens = None if lengths is None else tuple(lengths)
+        fitter = _Fitter(pool, kind, tuple(flags), device, steps, tokens, ranks, tell)
         now = fitter.tried()
         if now.error is not None:
             raise FitError(now.error)

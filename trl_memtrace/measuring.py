@@ -37,6 +37,8 @@ class Measurement(Findings):
 class _Here:
     """This process and its device."""
 
+    ranks = 1
+
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.trace: DryTrace | None = None

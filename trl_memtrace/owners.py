@@ -19,6 +19,9 @@ from .sharding import Held, Shards, in_flight, local_tensor, module_name
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_is_hf_initialized", "config"}
 _PLAIN_TYPES = (str, bytes, int, float, complex, bool, type(None), nn.Module, torch.dtype, torch.device)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+_NO_OWNER = "deepspeed."
+"""What DeepSpeed hangs on parameters are views of what its optimizer holds."""
+
 _MAX_DEPTH = 4
 _WRAPPED_BY_PEFT = ("base_layer", "original_module")
 _REFERENCE_ADAPTER = ".ref"  # what TRL calls the frozen copy of an adapter that is trained further
@@ -286,7 +289,7 @@ class Owners:
 
     def _add_extras(self, module: str, kind: str, values: Mapping[str, Any]) -> None:
         for value in values.values():
-            if not isinstance(value, _PLAIN_TYPES):
+            if not isinstance(value, _PLAIN_TYPES) and not type(value).__module__.startswith(_NO_OWNER):
                 for tensor in tensors_in(value):
                     if not tensor.requires_grad:
                         self._extras.append((tensor, self._number(Category.WEIGHTS, kind, module)))

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .fake_models import loading_fakes
 from .fake_offloading import offload_fakes
+from .fake_ranks import first_of
 from .kernels import functions, instead
 from .patching import Put, put_until
 from .pretended_cuda import pretend_cuda
@@ -35,11 +36,16 @@ def pretend(dry: DryRun) -> Iterator[None]:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memtrace-"))
         put = functools.partial(put_until, stack)
+        if dry.ranks > 1:  # first, since libraries are loaded for it and look at what is changed below
+            stack.enter_context(first_of(dry.ranks, put, dry))
         _torch(put, dry)
         pretend_cuda(put, dry)
         _transformers(put, dry, folder)
         _bitsandbytes(put, dry)
-        stack.enter_context(loading_fakes(dry.inside, dry.outside, functools.partial(_warm_up, dry), dry.dtype))
+        # One process alone is about to have it on its card; of several, each may take no more than its shard there.
+        host = dry.on_host if dry.ranks > 1 and dry.is_cuda else dry.inside
+        warm_up = functools.partial(_warm_up, dry)
+        stack.enter_context(loading_fakes(dry.inside, dry.outside, host, warm_up, dry.dtype))
         yield
 
 

@@ -277,6 +277,7 @@ def run_sweep(
     steps: int = 2,
     lengths: Sequence[int] | None = None,
     measured: bool = False,
+    ranks: int = 1,
     workers: int | None = None,
     kept: Kept | None = None,
     on_row: Callable[[Row, int, int], None] | None = None,
@@ -290,6 +291,7 @@ def run_sweep(
         steps: how many optimizer steps to take.
         lengths: tokens of each example, as for ``estimate``.
         measured: run them for real on the device that is here, one after the other, each in a process of its own.
+        ranks: how many processes train together; what is tried is the first of them.
         workers: how many processes work beside each other; one for each core when not given.
         kept: where outcomes are kept and looked up.
         on_row: is told each row, how many are done and how many there are.
@@ -303,7 +305,7 @@ def run_sweep(
         raise GridError("nothing to sweep: give a flag several values, such as --lora_r 8,16,64")
     points = list(grid.points())
     trials = [
-        Trial(kind, point.flags, device, steps, None if lengths is None else tuple(lengths), measured)
+        Trial(kind, point.flags, device, steps, None if lengths is None else tuple(lengths), measured, ranks)
         for point in points
     ]
     rows: dict[int, Row] = {}

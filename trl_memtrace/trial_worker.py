@@ -44,7 +44,14 @@ def _estimate(trial: Trial) -> Outcome:
     from .estimating import estimate
 
     with uncompiled():
-        made = estimate(trial.kind, trial.flags, device=trial.device, steps=trial.steps, lengths=trial.lengths)
+        made = estimate(
+            trial.kind,
+            trial.flags,
+            device=trial.device,
+            steps=trial.steps,
+            lengths=trial.lengths,
+            ranks=trial.ranks,
+        )
     return _outcome(made.dry.summary(), made.dry.run, made)
 
 

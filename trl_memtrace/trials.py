@@ -37,6 +37,7 @@ class Trial:
         steps: how many optimizer steps to take.
         lengths: tokens of each example; None where that is to be found out.
         measured: whether it is run for real, on the device that is here.
+        ranks: how many processes train together; what is tried is the first of them.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Trial:
     steps: int = 2
     lengths: tuple[int, ...] | None = None
     measured: bool = False
+    ranks: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """As a worker is told it."""

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..process import quick_imports, quiet, uncompiled
-from .estimate import AsJson, DeviceName, Memory, Record, Steps, device_of, keep, show
+from .estimate import AsJson, DeviceName, Memory, Ranks, Record, Steps, device_of, keep, show
 
 app = typer.Typer(add_completion=False)
 
@@ -26,6 +26,7 @@ def dry_run(
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,
+    ranks: Ranks = 1,
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +39,7 @@ def dry_run(
         from ..dry_script import run_script
 
         with _stdout_elsewhere(as_json):
-            dry = run_script(script, context.args, device=card, steps=steps)
+            dry = run_script(script, context.args, device=card, steps=steps, ranks=ranks)
     keep(dry, record)
     show(dry.summary(), dry.run.summary, [], as_json=as_json)
 

@@ -33,6 +33,9 @@ class Kind(str, Enum):
 
 DeviceName = Annotated[str | None, typer.Option("--device", help="The card, such as 'A100 80GB'; none has no limit.")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Its memory instead, such as 24GiB.")]
+Ranks = Annotated[
+    int, typer.Option("--num_processes", min=1, metavar="N", help="How many ranks train together, a card each.")
+]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="How many optimizer steps to take.")]
 Lengths = Annotated[
     Path | None, typer.Option("--lengths", metavar="FILE", help="Tokens of each example, one integer a line.")
@@ -99,19 +102,21 @@ def estimate(
     memory: Memory = None,
     steps: Steps = 2,
     lengths: Lengths = None,
+    ranks: Ranks = 1,
     record: Record = None,
     as_json: AsJson = False,
 ) -> None:
     """What a trl command would take: every other flag is trl's own (trl sft --help), --config FILE too.
 
-    A folder with a config.json is model enough. The longest batch comes first.
+    A folder with a config.json is model enough. The longest batch comes first. Of several ranks it is what the first
+    holds.
     """
     card = device_of(device, memory)
     found = read_lengths(lengths)
     with quick_imports(), quiet(), uncompiled():
         from ..estimating import estimate as run
 
-        made = run(kind.value, context.args, device=card, steps=steps, lengths=found)
+        made = run(kind.value, context.args, device=card, steps=steps, lengths=found, ranks=ranks)
     keep(made.dry, record)
     show(made.summary(), made.dry.run.summary, made.assumed, as_json=as_json)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Steps, read_lengths, trial_device
+from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
 from .sweep import Workers
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def fit(
     memory: Memory = None,
     steps: Steps = 2,
     lengths: Lengths = None,
+    ranks: Ranks = 1,
     knob: Annotated[list[str] | None, typer.Option("--knob", help=_KNOB_HELP)] = None,
     savers: Annotated[bool, typer.Option("--savers/--no-savers", help="Whether to try what saves memory.")] = True,
     workers: Workers = None,
@@ -55,6 +56,7 @@ def fit(
                 savers=savers,
                 steps=steps,
                 lengths=found,
+                ranks=ranks,
                 workers=workers or os.cpu_count() or 1,
                 tell=tell,
             )

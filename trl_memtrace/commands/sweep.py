@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnwritableError
-from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Steps, read_lengths, trial_device
+from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
 
 if TYPE_CHECKING:
     from ..sweep import Row, Sweep
@@ -32,6 +32,7 @@ def sweep(
     memory: Memory = None,
     steps: Steps = 2,
     lengths: Lengths = None,
+    ranks: Ranks = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run each for real, on the device that is here, one after the other.")
     ] = False,
@@ -46,6 +47,8 @@ def sweep(
     Flags are trl's own. One whose value has commas is tried with each part: --lora_r 8,16,64
     --lora_target_modules all-linear,"q_proj v_proj". The same command goes on where it was ended.
     """
+    if measure and ranks > 1:
+        raise typer.BadParameter("--measure runs one process; --num_processes is for dry runs")
     card = trial_device(device, memory)
     found = read_lengths(lengths)
     from ..sweep import OUTCOMES, PAGE, TABLE, Kept, run_sweep, write_table
@@ -60,6 +63,7 @@ def sweep(
                 device=card,
                 steps=steps,
                 lengths=found,
+                ranks=ranks,
                 measured=measure,
                 workers=workers,
                 kept=kept,

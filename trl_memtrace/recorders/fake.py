@@ -7,7 +7,8 @@ since nothing here takes the time that it would take.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from . import Recorder, WholeRecording
 _ELSEWHERE = -1
 """The address of what is not on the device."""
 _DEVICE_OF = torch.ops.prim.device.default
+_LIFT = torch.ops.aten.lift_fresh.default
+_CONVERT = torch.ops.aten._to_copy.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,7 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kernels = kernels
         self._call = call
         self._host: dict[int, Any] = {}
+        self._is_elsewhere = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:  # asked twice for every operator there is
@@ -184,7 +188,8 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if pinned:
             kwargs = {**kwargs, "pin_memory": None}
         result = self._call(func, types, args, kwargs)
-        if pinned or func is torch.ops.aten.lift_fresh.default:
+        stays = func is _CONVERT and self.is_on_host(args[0]) and kwargs.get("device") is None
+        if pinned or stays or func is _LIFT:
             self.keep_on_host(result)
         elif isinstance(result, torch.Tensor):
             self.see(result)
@@ -199,13 +204,33 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def see(self, tensor: torch.Tensor) -> None:
         """A tensor that is on the device: its storage counts from now on, if it did not before."""
+        if self._is_elsewhere:
+            self.keep_on_host(tensor)
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._host or not isinstance(tensor, FakeTensor):
+        if key in self._host or not isinstance(tensor, FakeTensor) or tensor.fake_device.type == "meta":
             return
-        size = storage.nbytes()
-        memory = self.memory
-        if size and not memory.holds(key):
+        if not self.memory.holds(key):
+            self._allocate(storage)
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is made meanwhile is not on the device."""
+        before, self._is_elsewhere = self._is_elsewhere, True
+        try:
+            yield
+        finally:
+            self._is_elsewhere = before
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size: it is taken anew."""
+        if storage.device.type == "meta" and storage._cdata not in self._host:
+            self.memory.free(storage._cdata)
+            self._allocate(storage)
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        key, size, memory = storage._cdata, storage.nbytes(), self.memory
+        if size:
             memory.allocate(key, size, weakref.ref(storage, lambda _: memory.free(key)))
 
     def keep_on_host(self, tensor: torch.Tensor) -> None:
