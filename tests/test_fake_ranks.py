@@ -205,8 +205,11 @@ def known() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_nothing_of_it_stays(kind: str, folder: Path) -> None:
     more = {"ddp": [], "fsdp2": ["--fsdp"], "zero3": ["--deepspeed", zero(folder, 3)]}[kind]
+    environment = dict(os.environ)
     estimate("sft", flags(folder, *more), ranks=2)  # libraries are loaded late, and remember shapes
     before = known()
+    assert not [name for name in os.environ.keys() - environment if name.startswith(("ACCELERATE", "FSDP", "MASTER"))]
+    assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"}.isdisjoint(os.environ.keys() - environment)
     estimate("sft", flags(folder, *more), ranks=2)
     with pytest.raises(RuntimeError, match="of the user's"), dry_run(ranks=4):
         raise RuntimeError("of the user's")
@@ -227,6 +230,16 @@ def test_wrong_use_is_told(folder: Path) -> None:
     offloaded.write_text(json.dumps({"cpu_offload": True}))
     with pytest.raises(DryRunError, match="offloaded"):
         estimate("sft", flags(folder, "--fsdp", "--fsdp_config", str(offloaded)), ranks=2)
+
+
+@needs_deepspeed
+def test_zero_takes_its_steps_in_float16_too(folder: Path) -> None:
+    """No scaled gradient is found to overflow, or there would be no states."""
+    file = Path(zero(folder, 2))
+    half = folder.parent / "half.json"
+    half.write_text(json.dumps({**json.loads(file.read_text()), "fp16": {"enabled": True}}))
+    step = last(estimate("sft", flags(folder, "--fp16", "--deepspeed", str(half)), ranks=2))
+    assert step.peak.roles["optimizer_states/exp_avg"] == step.peak.roles["optimizer_states/master_weights"]
 
 
 @needs_deepspeed

@@ -139,7 +139,8 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
 
     @functools.wraps(prepare)
     def accelerator(self: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("mixed_precision") == "fp16":  # refused on a CPU; as many bytes
+        half = kwargs.get("mixed_precision") == "fp16"
+        if half and kwargs.get("deepspeed_plugin") is None:  # refused on a CPU; as many bytes
             kwargs["mixed_precision"] = "bf16"
         prepare(self, *args, **kwargs)
 
