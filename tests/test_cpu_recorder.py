@@ -39,6 +39,9 @@ def test_what_another_thread_lets_go_of_ends_where_it_did():
     order = recording.events.address.tolist()
     (end,) = np.flatnonzero((recording.events.address == address) & (recording.events.size < 0))
     assert order.index(before.data_ptr()) < end < order.index(after.data_ptr())
+    level = np.cumsum(recording.reported)  # the profiler's own count, which never falls by what it did not see
+    assert level[end] == SIZE // 3
+    assert level[order.index(after.data_ptr())] == SIZE // 3 + SIZE // 2
 
 
 def test_what_the_profiler_saw_end_is_not_ended_twice_and_what_comes_to_its_place_lives_on():

@@ -292,27 +292,27 @@ def _recording(table: Int64Array, ended: list[_End]) -> Recording:
     time_ns, address, size, total = table[np.argsort(table[:, 0], kind="stable")].T
     reported = size.copy()
     reported[1:] = np.diff(total)
-    place, silent = _unreported(address, size, time_ns, ended)
+    silent = _unreported(address, size, time_ns, ended)
     if not silent:
         return Recording(Events.of(time_ns, address, size), reported)
+    place, when, where, counted = zip(*silent, strict=True)
     events = Events.of(
-        np.insert(time_ns, place, [when for when, _ in silent]),
-        np.insert(address, place, [where for _, where in silent]),
-        np.insert(size, place, [-1] * len(silent)),
+        np.insert(time_ns, place, when), np.insert(address, place, where), np.insert(size, place, [-1] * len(silent))
     )
-    return Recording(events, np.insert(reported, place, 0))
+    return Recording(events, np.insert(reported, place, counted))
 
 
 def _unreported(
     address: Int64Array, size: Int64Array, time_ns: Int64Array, ended: list[_End]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where to put the frees that the profiler kept quiet about: those of storages older than the recording, and those
-    that another thread was the last to let go of."""
+) -> list[tuple[int, int, int, int]]:
+    """The frees that the profiler kept quiet about, in order: where among the events, when, the address, and by how
+    much its count is to fall. It never counted what is older than the recording; what another thread was the last to
+    let go of it still counts."""
     if not ended:
-        return [], []
+        return []
     order = np.argsort(address, kind="stable")
     by_address = address[order]
-    frees: dict[tuple[int, int], tuple[int, int, int]] = {}
+    frees: dict[tuple[int, int], tuple[int, int, int, int]] = {}
     for when, where, seen in sorted(ended):
         events = order[np.searchsorted(by_address, where) : np.searchsorted(by_address, where, side="right")]
         known = int(np.searchsorted(time_ns[events], seen, side="right"))
@@ -320,6 +320,7 @@ def _unreported(
         if (where, known) in frees or (following < len(address) and size[following] < 0):
             continue
         place = min(int(np.searchsorted(time_ns, when)), following)
-        frees[where, known] = (place, min(when, int(time_ns[place])) if place < len(time_ns) else when, where)
-    ordered = sorted(frees.values())
-    return [place for place, _, _ in ordered], [(when, where) for _, when, where in ordered]
+        over = min(when, int(time_ns[place])) if place < len(time_ns) else when
+        counted = max(int(size[events[known - 1]]), 0) if known else 0
+        frees[where, known] = place, over, where, -counted
+    return sorted(frees.values())
