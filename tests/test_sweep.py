@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,28 @@ def test_leaving_ends_the_workers(monkeypatch):
         raise KeyboardInterrupt
     assert worker.has_ended
     assert future.result(timeout=5).error is not None
+
+
+def test_a_worker_ends_with_whoever_started_it(monkeypatch, tmp_path):
+    """In the middle of a trial, too."""
+    code = (
+        "import time; from trl_memtrace import trial_worker\n"
+        f"def endless(trial): open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(600)\n"
+        "trial_worker.try_out = endless; trial_worker.main()"
+    )
+    monkeypatch.setattr(trials._Worker, "COMMAND", (sys.executable, "-c", code))
+    worker = trials._Worker()
+    process = worker._process
+    try:
+        process.stdin.write(json.dumps(Trial("sft", ()).to_json()) + "\n")
+        process.stdin.flush()
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.stdin.close()  # as the system does for a process that is killed
+        assert process.wait(timeout=10) == 0
+    finally:
+        worker.close()
 
 
 def test_nothing_of_torch_is_needed_to_ask_for_trials():
