@@ -176,7 +176,7 @@ def fit(
     for knob in knobs or ():
         if knob not in _GRANULES:
             raise ValueError(f"a knob to size is one of {', '.join(_GRANULES)}, not {knob!r}")
-    with TrialPool(workers) as pool:
+    with ThreadPoolExecutor(len(_GRANULES)) as threads, TrialPool(workers) as pool:  # left first, so that threads end
         fitter = _Fitter(pool, kind, tuple(flags), device, steps, None if lengths is None else tuple(lengths), tell)
         now = fitter.tried()
         if now.error is not None:
@@ -185,8 +185,7 @@ def fit(
         if savers:
             found = _with_savings(found, fitter)
         sized = list(knobs) if knobs is not None else _knobs_of(found)
-        with ThreadPoolExecutor(max(len(sized), 1)) as threads:
-            return replace(found, largest=tuple(threads.map(lambda knob: _largest(fitter, knob, found), sized)))
+        return replace(found, largest=tuple(threads.map(lambda knob: _largest(fitter, knob, found), sized)))
 
 
 # --- how far a knob can be turned ------------------------------------------------------------------------------------
