@@ -279,6 +279,18 @@ def test_measured_is_a_real_run_and_leaves_nothing(model, tmp_path, monkeypatch)
 # --- what is shown ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("choices", ["8,all,16", "8,8.0,8e0"])
+def test_what_is_no_number_is_a_choice_and_costs_what_it_costs(choices):
+    grid = Grid.of(["--a", choices])
+    sizes = (5, 6, 25)
+    peaks = [{"peak": {"phase": "forward", "categories": {"weights": size}, "roles": {}}} for size in sizes]
+    rows = [
+        Row(point, Outcome({**peak, "allocated_peak_bytes": size}))
+        for point, peak, size in zip(grid.points(), peaks, sizes, strict=True)
+    ]
+    assert [cost.spread.median for cost in Sweep("sft", grid, tuple(rows)).costs()] == [1, 20]
+
+
 def hostile() -> Sweep:
     grid = Grid.of(["--a", "<b>x</b>,y\x1b[1m", "--lora_r", "1,2"])
     points = list(grid.points())
