@@ -99,6 +99,19 @@ def test_a_length_is_sized_in_steps_of_64_and_ends_with_the_positions(monkeypatc
     assert (row.value, row.next_value) == (max(now, 512) if now < 9000 else 512, None)
 
 
+def test_a_batch_is_of_whole_groups_of_completions(monkeypatch):
+    name = "per_device_train_batch_size"
+    settings = {name: 4, "gradient_accumulation_steps": 2, "num_generations": 8}
+
+    def takes(flags):
+        batch = int(flags[name])
+        return 700 * batch if batch * 2 % 8 == 0 else "not divisible by the number of generations"
+
+    row = sized(monkeypatch, Pool(takes, settings), name, f"--{name}", "4")
+    assert (row.value, row.next_value) == (12, 16)
+    assert row.next_outcome.error is None
+
+
 def test_only_what_matters_is_sized(monkeypatch):
     settings = {"per_device_train_batch_size": 1, "max_length": 1024}
     words = ["--max_length", "1024", "--per_device_train_batch_size", "1"]

@@ -4,6 +4,7 @@ its own. No torch."""
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,7 +205,7 @@ def _knobs_of(found: Fit) -> list[str]:
 def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
     """The largest value that fits while the next does not: both are tried. Memory is nearly a straight line in each of
     these knobs, so that the line through two trials says where to try the third."""
-    step, most = _GRANULES[knob], _MOST[knob]
+    step, most = _step(knob, found), _MOST[knob]
     if knob == _LENGTH and found.outcome.positions is not None:
         most = found.outcome.positions
     now = _value(knob, found)
@@ -226,6 +227,15 @@ def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
         beyond,
         None if beyond is None else known[beyond],
     )
+
+
+def _step(knob: str, found: Fit) -> int:
+    """GRPO and RLOO take whole groups of completions into an optimizer step, and no other batch can be run."""
+    settings = found.outcome.settings
+    group, accumulation = settings.get("num_generations"), settings.get(_ACCUMULATION)
+    if knob == _BATCH and group:
+        return int(group) // math.gcd(int(group), int(accumulation or 1))
+    return _GRANULES[knob]
 
 
 def _guesses(known: Mapping[int, Outcome], step: int, most: int) -> Iterator[int]:
