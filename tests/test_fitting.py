@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from trl_memtrace import commands, fitting
+from trl_memtrace import commands, fitting, trials
 from trl_memtrace.fitting import FitError, fit
 from trl_memtrace.grid import read_flags
 from trl_memtrace.reporters.fit_text import print_fit
@@ -95,6 +99,19 @@ def test_a_length_is_sized_in_steps_of_64_and_ends_with_the_positions(monkeypatc
     assert (row.value, row.next_value) == (max(now, 512) if now < 9000 else 512, None)
 
 
+def test_a_batch_is_of_whole_groups_of_completions(monkeypatch):
+    name = "per_device_train_batch_size"
+    settings = {name: 4, "gradient_accumulation_steps": 2, "num_generations": 8}
+
+    def takes(flags):
+        batch = int(flags[name])
+        return 700 * batch if batch * 2 % 8 == 0 else "not divisible by the number of generations"
+
+    row = sized(monkeypatch, Pool(takes, settings), name, f"--{name}", "4")
+    assert (row.value, row.next_value) == (12, 16)
+    assert row.next_outcome.error is None
+
+
 def test_only_what_matters_is_sized(monkeypatch):
     settings = {"per_device_train_batch_size": 1, "max_length": 1024}
     words = ["--max_length", "1024", "--per_device_train_batch_size", "1"]
@@ -159,6 +176,37 @@ def test_text_from_outside_is_text(monkeypatch, capsys):
 
 
 # --- on a real model -------------------------------------------------------------------------------------------------
+
+
+def test_ending_it_while_knobs_are_sized_ends_the_workers(monkeypatch):
+    """A second trial that never ends, while Ctrl-C comes."""
+    code = "import sys, time; input(); print(sys.argv[1], flush=True); input(); time.sleep(600)"
+    pool = Pool(lambda flags: 1, {"per_device_train_batch_size": 1})
+    first = pool.submit(Trial("sft", ())).result()
+    monkeypatch.setattr(trials._Worker, "COMMAND", (sys.executable, "-c", code, json.dumps(first.to_json())))
+    began = time.monotonic()
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt), Interrupted(lambda: len(told) > 1):
+        fit("sft", ("--a", "1"), CARD, savers=False, workers=1, tell=told.append)
+    assert time.monotonic() - began < 60
+
+
+class Interrupted:
+    """Ctrl-C as soon as something is so."""
+
+    def __init__(self, when) -> None:
+        self.thread = threading.Thread(target=self.wait, args=(when,))
+
+    def wait(self, when) -> None:
+        while not when():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *problem) -> None:
+        self.thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ def test_a_flag_with_commas_is_a_knob():
 
 def test_numbers_are_known_as_such():
     assert Knob("lora_r", ("8", "16")).numbers == (8.0, 16.0)
-    assert Knob("lora_r", ("8", "all")).numbers is None
+    for choices in (("8", "all"), ("1e-4", "0.0001"), ("1", "nan"), ("1", "inf")):
+        assert Knob("lora_r", choices).numbers is None
 
 
 def test_what_is_one_value_stays_one():

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -227,6 +228,28 @@ def test_leaving_ends_the_workers(monkeypatch):
     assert future.result(timeout=5).error is not None
 
 
+def test_a_worker_ends_with_whoever_started_it(monkeypatch, tmp_path):
+    """In the middle of a trial, too."""
+    code = (
+        "import time; from trl_memtrace import trial_worker\n"
+        f"def endless(trial): open({str(tmp_path / 'begun')!r}, 'w').close(); time.sleep(600)\n"
+        "trial_worker.try_out = endless; trial_worker.main()"
+    )
+    monkeypatch.setattr(trials._Worker, "COMMAND", (sys.executable, "-c", code))
+    worker = trials._Worker()
+    process = worker._process
+    try:
+        process.stdin.write(json.dumps(Trial("sft", ()).to_json()) + "\n")
+        process.stdin.flush()
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.stdin.close()  # as the system does for a process that is killed
+        assert process.wait(timeout=10) == 0
+    finally:
+        worker.close()
+
+
 def test_nothing_of_torch_is_needed_to_ask_for_trials():
     modules = ("fitting", "sweep", "commands.sweep", "commands.fit")
     code = f"import sys, {', '.join(f'trl_memtrace.{name}' for name in modules)}; print('torch' in sys.modules)"
@@ -254,6 +277,18 @@ def test_measured_is_a_real_run_and_leaves_nothing(model, tmp_path, monkeypatch)
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choices", ["8,all,16", "8,8.0,8e0"])
+def test_what_is_no_number_is_a_choice_and_costs_what_it_costs(choices):
+    grid = Grid.of(["--a", choices])
+    sizes = (5, 6, 25)
+    peaks = [{"peak": {"phase": "forward", "categories": {"weights": size}, "roles": {}}} for size in sizes]
+    rows = [
+        Row(point, Outcome({**peak, "allocated_peak_bytes": size}))
+        for point, peak, size in zip(grid.points(), peaks, sizes, strict=True)
+    ]
+    assert [cost.spread.median for cost in Sweep("sft", grid, tuple(rows)).costs()] == [1, 20]
 
 
 def hostile() -> Sweep:

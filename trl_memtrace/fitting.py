@@ -4,6 +4,7 @@ its own. No torch."""
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -181,8 +182,8 @@ def fit(
     for knob in knobs or ():
         if knob not in _GRANULES:
             raise ValueError(f"a knob to size is one of {', '.join(_GRANULES)}, not {knob!r}")
-    with TrialPool(workers) as pool:
-        tokens = None if lengths is None else tuple(lengths)
+    tokens = None if lengths is None else tuple(lengths)
+    with ThreadPoolExecutor(len(_GRANULES)) as threads, TrialPool(workers) as pool:  # left first, so that threads end
         fitter = _Fitter(pool, kind, tuple(flags), device, steps, tokens, ranks, tell)
         now = fitter.tried()
         if now.error is not None:
@@ -191,8 +192,7 @@ def fit(
         if savers:
             found = _with_savings(found, fitter)
         sized = list(knobs) if knobs is not None else _knobs_of(found)
-        with ThreadPoolExecutor(max(len(sized), 1)) as threads:
-            return replace(found, largest=tuple(threads.map(lambda knob: _largest(fitter, knob, found), sized)))
+        return replace(found, largest=tuple(threads.map(lambda knob: _largest(fitter, knob, found), sized)))
 
 
 # --- how far a knob can be turned ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def _knobs_of(found: Fit) -> list[str]:
 def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
     """The largest value that fits while the next does not: both are tried. Memory is nearly a straight line in each of
     these knobs, so that the line through two trials says where to try the third."""
-    step, most = _GRANULES[knob], _MOST[knob]
+    step, most = _step(knob, found), _MOST[knob]
     if knob == _LENGTH and found.outcome.positions is not None:
         most = found.outcome.positions
     now = _value(knob, found)
@@ -233,6 +233,15 @@ def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
         beyond,
         None if beyond is None else known[beyond],
     )
+
+
+def _step(knob: str, found: Fit) -> int:
+    """GRPO and RLOO take whole groups of completions into an optimizer step, and no other batch can be run."""
+    settings = found.outcome.settings
+    group, accumulation = settings.get("num_generations"), settings.get(_ACCUMULATION)
+    if knob == _BATCH and group:
+        return int(group) // math.gcd(int(group), int(accumulation or 1))
+    return _GRANULES[knob]
 
 
 def _guesses(known: Mapping[int, Outcome], step: int, most: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,11 +43,12 @@ class Knob:
 
     @property
     def numbers(self) -> tuple[float, ...] | None:
-        """The choices as numbers, where all of them are."""
+        """The choices as numbers, where all of them are, and no two the same."""
         try:
-            return tuple(map(float, self.choices))
+            found = tuple(map(float, self.choices))
         except ValueError:
             return None
+        return found if all(map(math.isfinite, found)) and len(set(found)) == len(found) else None
 
 
 @dataclass(frozen=True, slots=True)

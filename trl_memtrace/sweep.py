@@ -101,11 +101,15 @@ class Sweep:
         if numbers is None:
             for choice in knob.choices[1:]:
                 yield from _cost(
-                    knob.name, f"{choice}, not {knob.choices[0]}", self._turns(place, knob.choices[0], choice)
+                    knob.name, f"{choice}, not {knob.choices[0]}", self._turns(place, knob.choices[0], choice, 1.0)
                 )
             return
-        in_order = [choice for _, choice in sorted(zip(numbers, knob.choices, strict=True))]
-        turns = [turn for low, high in itertools.pairwise(in_order) for turn in self._turns(place, low, high)]
+        in_order = sorted(zip(numbers, knob.choices, strict=True))
+        turns = [
+            turn
+            for (low, before), (high, after) in itertools.pairwise(in_order)
+            for turn in self._turns(place, before, after, high - low)
+        ]
         yield from _cost(knob.name, _UNITS.get(knob.name, "a unit"), turns)
         tokens = [_tokens(knob.name, turn.before.outcome) for turn in turns]
         if all(tokens):
@@ -114,14 +118,14 @@ class Sweep:
                 knob.name, "a token", [replace(turn, units=turn.units * (size or 1)) for turn, size in each]
             )
 
-    def _turns(self, place: int, low: str, high: str) -> list[_Turn]:
-        """Configurations that differ in one knob, where both could be run."""
+    def _turns(self, place: int, before: str, after: str, units: float) -> list[_Turn]:
+        """Configurations that differ in one knob, by so many units, where both could be run."""
         ran = {row.point.choices: row for row in self.rows if row.outcome.allocated_bytes is not None}
         turns = []
         for choices, row in ran.items():
-            other = ran.get((*choices[:place], high, *choices[place + 1 :]))
-            if choices[place] == low and other is not None:
-                turns.append(_Turn(row, other, _difference(low, high)))
+            other = ran.get((*choices[:place], after, *choices[place + 1 :]))
+            if choices[place] == before and other is not None:
+                turns.append(_Turn(row, other, units))
         return turns
 
 
@@ -136,13 +140,6 @@ class _Turn:
     def each(self, size_of: Callable[[Outcome], int | None]) -> float:
         """Bytes a unit."""
         return ((size_of(self.after.outcome) or 0) - (size_of(self.before.outcome) or 0)) / self.units
-
-
-def _difference(low: str, high: str) -> float:
-    try:
-        return float(high) - float(low)
-    except ValueError:  # no numbers: it is another
-        return 1.0
 
 
 def _cost(knob: str, what: str, turns: Sequence[_Turn]) -> Iterator[Cost]:

@@ -6,9 +6,12 @@ python -m trl_memtrace.trial_worker
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -66,14 +69,23 @@ def _outcome(summary: dict[str, Any], run: RunTrace, found: Findings) -> Outcome
     return Outcome(summary, run.header.args, found.longest, found.positions, tuple(found.assumed))
 
 
+def _listen(told: queue.SimpleQueue[str]) -> None:
+    """Hear what is to be tried. Where nobody is left to tell, nobody waits for what is being tried either."""
+    for line in sys.stdin:
+        told.put(line)
+    os._exit(0)
+
+
 def main() -> None:
-    """Work until there is nothing more to read."""
+    """Work until whoever tells the trials is gone, however it ended."""
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(told,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     with quick_imports(), quiet():
         import trl  # noqa: F401
-    for place, line in enumerate(sys.stdin):
-        outcome = try_out(Trial.from_json(json.loads(line)))
+    for place in itertools.count():
+        outcome = try_out(Trial.from_json(json.loads(told.get())))
         print(json.dumps(outcome.to_json()), file=answers, flush=True)
         if place == 0:
             gc.freeze()  # what was imported meanwhile is not to be walked after every trial

@@ -172,6 +172,8 @@ class TrialPool:
             return Outcome(error="stopped")
         worker = self._free_worker()
         self._working.add(worker)
+        if self._closed:  # whoever left the pool meanwhile has not seen it
+            worker.close()
         try:
             outcome = worker.run(trial)
         finally:
