@@ -47,7 +47,7 @@ class Calls:
                 return func(*args, **kwargs)
             if known is not None:
                 return self._make(known, args)
-            result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
+            result = _without_false_values(_carry_out(fake_mode, func, types, args, kwargs), args)
             # Where an argument has another shape than before, that is what the operator is for.
             if key is not None and key == self._key(func, args, kwargs):
                 self._known[key] = _description(result, args, kwargs)
@@ -67,13 +67,15 @@ class Calls:
         if not repeatable:
             return None
         parts: list[Any] = [func, torch.get_default_dtype()]
+        seen = 0
         for value in args:
-            if not _add(parts, value):
-                return None
+            seen |= _add(parts, value)
         for name, value in kwargs.items():
             parts.append(name)
-            if not _add(parts, value):
-                return None
+            seen |= _add(parts, value)
+        # Of known values alone, known values come, and one that is written to may no longer be known.
+        if seen & _OTHER or (seen & _KNOWN and (not seen & _UNKNOWN or func._schema.is_mutable)):
+            return None
         return tuple(parts)
 
     def _make(self, known: Any, args: Any) -> Any:
@@ -130,18 +132,25 @@ def _is_repeatable(func: Any) -> bool:
 _TENSORS = ("Tensor", "List[Tensor]")
 
 
-def _add(parts: list[Any], value: Any) -> bool:
-    """Add what matters of an argument; False where something else would."""
+_UNKNOWN, _KNOWN, _OTHER = 1, 2, 4
+"""What is among an operator's arguments: tensors whose values are not known, or are, and what has no part in a key."""
+
+
+def _add(parts: list[Any], value: Any) -> int:
+    """Add what matters of an argument, and tell what it is."""
     if isinstance(value, FakeTensor):
-        if value.constant is not None or value.layout is not torch.strided or value.fake_device != _CPU:
-            return False
+        if value.layout is not torch.strided or value.fake_device != _CPU:
+            return _OTHER
         parts.append((value.shape, value.stride(), value.dtype, value.storage_offset()))
-        return True
+        return _UNKNOWN if value.constant is None else _KNOWN
     if isinstance(value, (list, tuple)):
         parts.append(len(value))
-        return all(_add(parts, item) for item in value)
+        seen = 0
+        for item in value:
+            seen |= _add(parts, item)
+        return seen
     parts.append((type(value), value))
-    return isinstance(value, _PLAIN)
+    return 0 if isinstance(value, _PLAIN) else _OTHER
 
 
 def _description(result: Any, args: Any, kwargs: Any) -> Any:
@@ -167,6 +176,52 @@ def _description(result: Any, args: Any, kwargs: Any) -> Any:
     made = _New(*layout)
     whole = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta").untyped_storage()
     return made if whole.nbytes() == storage.nbytes() else None
+
+
+def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What the fake mode makes of an operator, and what it cannot."""
+    if func is aten._grouped_mm.default:
+        with fake_mode:
+            return _grouped_mm(*args, **kwargs)
+    result = fake_mode.dispatch(func, types, args, kwargs)
+    if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
+        return result[0], _taking_turns(fake_mode, result[1], args)
+    return result
+
+
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """As the kernels do it for every dtype; PyTorch's fake one refuses all but bfloat16.
+
+    Rows are padded to 16 bytes: aten/src/ATen/native/GroupedMMUtils.h, create_grouped_gemm_output_tensor.
+    """
+    dtype = out_dtype or a.dtype
+    columns = b.shape[-1]
+    if a.dim() == 2 and b.dim() == 2:
+        shape = (offs.shape[0], a.shape[0], columns)
+    elif a.dim() == b.dim():
+        shape = (a.shape[0], a.shape[1], columns)
+    else:
+        shape = (a.shape[-2], columns)
+    aligned = 16 // dtype.itemsize
+    row = -(-columns // aligned) * aligned
+    stride = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
+    return torch.empty_strided(shape, stride, dtype=dtype)
+
+
+def _taking_turns(fake_mode: Any, chosen: FakeTensor, args: Any) -> FakeTensor:
+    """Which values are the largest is not known. Every row's are taken to be others than the last row's, so that a
+    router sends as many tokens to one expert as to another, each to as many as it does."""
+    tensor, _, *rest = args
+    values = torch.arange(chosen.numel()).remainder_(tensor.shape[-1]).reshape(chosen.shape)
+    if (rest[0] if rest else -1) not in (-1, tensor.dim() - 1) or not fake_mode.may_turn_const(values):
+        return chosen
+    return known(fake_mode, values)
+
+
+def known(fake_mode: Any, values: torch.Tensor) -> FakeTensor:
+    """A fake tensor whose values are known."""
+    made = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, values, make_constant=True)
+    return cast(FakeTensor, made)
 
 
 def _stand_in(func: Any, args: Any, kwargs: Any) -> Any:
