@@ -196,6 +196,7 @@ def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: A
     """
     dtype = out_dtype or a.dtype
     columns = b.shape[-1]
+    shape: tuple[int, ...]
     if a.dim() == 2 and b.dim() == 2:
         shape = (offs.shape[0], a.shape[0], columns)
     elif a.dim() == b.dim():
