@@ -38,8 +38,14 @@ def _folder(path: Path) -> str:
     return str(path)
 
 
-def _sft(**settings: Any) -> Make:
-    return lambda folder: tiny.trainer(folder, tiny.model(**_LARGER), **settings)
+def _sft(kind: str = "llama", experts: str | None = None, **settings: Any) -> Make:
+    def make(folder: Path) -> Any:
+        model = tiny.model(kind, **_LARGER)
+        if experts is not None:
+            model.set_experts_implementation(experts)
+        return tiny.trainer(folder, model, **settings)
+
+    return make
 
 
 def _qlora(**settings: Any) -> Make:
@@ -117,6 +123,21 @@ CONFIGURATIONS: dict[str, Make] = {
     "DPO, checkpoints, accumulation": _other("dpo", gradient_checkpointing=True, gradient_accumulation_steps=2),
     "reward, full, fused": _other("reward"),
     "reward, checkpoints, accumulation": _other("reward", gradient_checkpointing=True, gradient_accumulation_steps=2),
+    "tied embeddings, full, fused": _sft("qwen", optimizer="adamw_torch_fused"),
+    "Mixtral, full, fused": _sft("moe", optimizer="adamw_torch_fused"),
+    "Mixtral, LoRA, accumulation": _sft("moe", peft_config=tiny.lora(), gradient_accumulation_steps=2),
+    "Mixtral, expert by expert, full, fused": _sft("moe", "eager", optimizer="adamw_torch_fused"),
+    "Qwen3-MoE, full, foreach, checkpoints": _sft("qwen_moe", optimizer="foreach", gradient_checkpointing=True),
+    "Qwen3-MoE, expert by expert, LoRA, accumulation": _sft(
+        "qwen_moe", "eager", peft_config=tiny.lora(), gradient_accumulation_steps=2
+    ),
+    "DeepSeek-V3, full, fused": _sft("deepseek", optimizer="adamw_torch_fused"),
+    "DeepSeek-V3, LoRA, checkpoints, accumulation": _sft(
+        "deepseek", peft_config=tiny.lora("deepseek"), gradient_checkpointing=True, gradient_accumulation_steps=2
+    ),
+    "DeepSeek-V3, expert by expert, full, accumulation": _sft(
+        "deepseek", "eager", optimizer="foreach", gradient_accumulation_steps=2
+    ),
 }
 
 

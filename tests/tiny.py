@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -41,8 +43,25 @@ CONFIGS = {
     "phi3": lambda: Phi3Config(**_SHAPE),
     "gpt2": lambda: GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=1),
     "moe": lambda: MixtralConfig(**_SHAPE, num_local_experts=4),
+    "qwen_moe": lambda: Qwen3MoeConfig(
+        **_SHAPE, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+    "deepseek": lambda: DeepseekV3Config(
+        **{**_SHAPE, "num_key_value_heads": 4},
+        moe_intermediate_size=64,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=48,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+    ),
 }
-LORA_TARGETS = {"gpt2": ["c_attn", "c_proj"], "phi3": ["qkv_proj", "o_proj"]}
+LORA_TARGETS = {"deepseek": ["q_a_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "phi3": ["qkv_proj", "o_proj"]}
 SENTENCES = ["the allocator says how many bytes exist", "owners say whose they are", "books balance to the byte"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -25,15 +25,16 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.me
 class Calls:
     """Calls operators on the tensors of one fake mode.
 
-    What an operator makes depends on shapes alone where it makes tensors with storages of their own, and a training
-    step asks for the same thing once a layer. So the answer is remembered, which spares most of the fake mode's work;
-    it has a memory of its own, whose questions cost more than ours.
+    What comes of an operator depends on shapes, strides and dtypes alone, and a training step asks for the same thing
+    once a layer. So the answer is remembered, which spares most of the fake mode's work; it has a memory of its own,
+    whose questions cost more than ours.
     """
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         self._fake_mode: Any = fake_mode
         self._known: dict[Any, Any] = {}
-        self._makes_new: dict[Any, bool] = {}
+        self._repeatable: dict[Any, bool] = {}
+        self._attributes = dict(vars(FakeTensor(fake_mode, torch.empty(0, device="meta"), _CPU)))
 
     def __call__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator; what depends on values gets an answer all the same."""
@@ -45,9 +46,10 @@ class Calls:
             if fake_mode is None:
                 return func(*args, **kwargs)
             if known is not None:
-                return self._make(known)
-            result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
-            if key is not None:
+                return self._make(known, args)
+            result = _without_false_values(_carry_out(fake_mode, func, types, args, kwargs), args)
+            # Where an argument has another shape than before, that is what the operator is for.
+            if key is not None and key == self._key(func, args, kwargs):
                 self._known[key] = _description(result, args, kwargs)
             return result
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -59,71 +61,168 @@ class Calls:
 
     def _key(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What the result depends on; None where it is not to be remembered."""
-        makes_new = self._makes_new.get(func)
-        if makes_new is None:
-            makes_new = self._makes_new[func] = _makes_new(func)
-        if not makes_new:
+        repeatable = self._repeatable.get(func)
+        if repeatable is None:
+            repeatable = self._repeatable[func] = _is_repeatable(func)
+        if not repeatable:
             return None
-        parts: list[Any] = [func]
+        parts: list[Any] = [func, torch.get_default_dtype()]
+        seen = 0
         for value in args:
-            if not _add(parts, value):
-                return None
+            seen |= _add(parts, value)
         for name, value in kwargs.items():
             parts.append(name)
-            if not _add(parts, value):
-                return None
+            seen |= _add(parts, value)
+        # Of known values alone, known values come, and one that is written to may no longer be known.
+        if seen & _OTHER or (seen & _KNOWN and (not seen & _UNKNOWN or func._schema.is_mutable)):
+            return None
         return tuple(parts)
 
-    def _make(self, known: Any) -> Any:
-        if type(known) is _Made:
-            return FakeTensor(
-                self._fake_mode, torch.empty_strided(*known.layout, dtype=known.dtype, device="meta"), _CPU
-            )
-        return tuple(self._make(item) for item in known) if type(known) is tuple else known
+    def _make(self, known: Any, args: Any) -> Any:
+        kind = type(known)
+        if kind is _New:
+            return self._fake(torch.empty_strided(known.shape, known.stride, dtype=known.dtype, device="meta"))
+        if kind is _View:
+            made = torch.empty(0, dtype=known.dtype, device="meta")
+            return self._fake(made.set_(args[known.of].untyped_storage(), known.offset, known.shape, known.stride))
+        if kind is _Same:
+            return args[known.place]
+        return kind(self._make(item, args) for item in known)
+
+    def _fake(self, meta: torch.Tensor) -> FakeTensor:
+        """``FakeTensor(fake_mode, meta, cpu)`` in a fourth of the time: but for its shape it is as any other."""
+        made: Any = torch.Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=_CPU
+        )
+        torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        vars(made).update(self._attributes)
+        return cast(FakeTensor, made)
 
 
-class _Made:
+class _New(NamedTuple):
     """A tensor that an operator makes."""
 
-    __slots__ = ("dtype", "layout")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.layout = tensor.shape, tensor.stride()
-        self.dtype = tensor.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _makes_new(func: Any) -> bool:
-    """Whether an operator takes and gives tensors without sharing or changing any, as far as it says."""
-    schema = func._schema
-    shared = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
-    takes = any("Tensor" in str(argument.type) for argument in schema.arguments)
-    return takes and not shared and bool(schema.returns) and all(str(part.type) == "Tensor" for part in schema.returns)
+class _View(NamedTuple):
+    """A tensor on the storage of an argument."""
+
+    of: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
 
 
-def _add(parts: list[Any], value: Any) -> bool:
-    """Add what matters of an argument; False where something else would."""
+class _Same(NamedTuple):
+    """An argument itself."""
+
+    place: int
+
+
+def _is_repeatable(func: Any) -> bool:
+    """Whether an operator gives tensors, and changes nothing of its arguments but values, as far as it says."""
+    returns = func._schema.returns
+    return torch.Tag.inplace_view not in func.tags and all(str(part.type) in _TENSORS for part in returns)
+
+
+_TENSORS = ("Tensor", "List[Tensor]")
+
+
+_UNKNOWN, _KNOWN, _OTHER = 1, 2, 4
+"""What is among an operator's arguments: tensors whose values are not known, or are, and what has no part in a key."""
+
+
+def _add(parts: list[Any], value: Any) -> int:
+    """Add what matters of an argument, and tell what it is."""
     if isinstance(value, FakeTensor):
-        if value.constant is not None or value.layout is not torch.strided or value.fake_device != _CPU:
-            return False
-        parts.append((value.shape, value.stride(), value.dtype))
-        return True
+        if value.layout is not torch.strided or value.fake_device != _CPU:
+            return _OTHER
+        parts.append((value.shape, value.stride(), value.dtype, value.storage_offset()))
+        return _UNKNOWN if value.constant is None else _KNOWN
     if isinstance(value, (list, tuple)):
         parts.append(len(value))
-        return all(_add(parts, item) for item in value)
+        seen = 0
+        for item in value:
+            seen |= _add(parts, item)
+        return seen
     parts.append((type(value), value))
-    return isinstance(value, _PLAIN)
+    return 0 if isinstance(value, _PLAIN) else _OTHER
 
 
 def _description(result: Any, args: Any, kwargs: Any) -> Any:
-    """What a result is to be made from again; None where it shares a storage with an argument after all."""
-    made = result if isinstance(result, tuple) else (result,)
-    if not all(_is_plain(item) for item in made):
+    """What a result is to be made from again; None where that cannot be said."""
+    if isinstance(result, (list, tuple)):
+        parts = [_description(item, args, kwargs) for item in result]
+        return None if None in parts else parts if type(result) is list else tuple(parts)
+    if type(result) is not FakeTensor or result.constant is not None or result.fake_device != _CPU:
         return None
-    given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)}
-    if any(item.untyped_storage()._cdata in given for item in made):
+    for place, value in enumerate(args):
+        if value is result:
+            return _Same(place)
+    if result.is_complex() or result.is_neg():
         return None
-    descriptions = tuple(_Made(item) for item in made)
-    return descriptions if isinstance(result, tuple) else descriptions[0]
+    storage, offset = result.untyped_storage(), int(result.storage_offset())
+    layout = result.shape, result.stride(), result.dtype
+    for place, value in enumerate(args):
+        if isinstance(value, FakeTensor) and value.untyped_storage()._cdata == storage._cdata:
+            return _View(place, *layout, offset)
+    given = (value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor))
+    if offset or any(value.untyped_storage()._cdata == storage._cdata for value in given):
+        return None
+    made = _New(*layout)
+    whole = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta").untyped_storage()
+    return made if whole.nbytes() == storage.nbytes() else None
+
+
+def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What the fake mode makes of an operator, and what it cannot."""
+    if func is aten._grouped_mm.default:
+        with fake_mode:
+            return _grouped_mm(*args, **kwargs)
+    result = fake_mode.dispatch(func, types, args, kwargs)
+    if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
+        return result[0], _taking_turns(fake_mode, result[1], args)
+    return result
+
+
+def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """As the kernels do it for every dtype; PyTorch's fake one refuses all but bfloat16.
+
+    Rows are padded to 16 bytes: aten/src/ATen/native/GroupedMMUtils.h, create_grouped_gemm_output_tensor.
+    """
+    dtype = out_dtype or a.dtype
+    columns = b.shape[-1]
+    shape: tuple[int, ...]
+    if a.dim() == 2 and b.dim() == 2:
+        shape = (offs.shape[0], a.shape[0], columns)
+    elif a.dim() == b.dim():
+        shape = (a.shape[0], a.shape[1], columns)
+    else:
+        shape = (a.shape[-2], columns)
+    aligned = 16 // dtype.itemsize
+    row = -(-columns // aligned) * aligned
+    stride = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
+    return torch.empty_strided(shape, stride, dtype=dtype)
+
+
+def _taking_turns(fake_mode: Any, chosen: FakeTensor, args: Any) -> FakeTensor:
+    """Which values are the largest is not known. Every row's are taken to be others than the last row's, so that a
+    router sends as many tokens to one expert as to another, each to as many as it does."""
+    tensor, _, *rest = args
+    values = torch.arange(chosen.numel()).remainder_(tensor.shape[-1]).reshape(chosen.shape)
+    if (rest[0] if rest else -1) not in (-1, tensor.dim() - 1) or not fake_mode.may_turn_const(values):
+        return chosen
+    return known(fake_mode, values)
+
+
+def known(fake_mode: Any, values: torch.Tensor) -> FakeTensor:
+    """A fake tensor whose values are known."""
+    made = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, values, make_constant=True)
+    return cast(FakeTensor, made)
 
 
 def _is_plain(made: Any) -> bool:

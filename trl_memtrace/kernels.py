@@ -293,6 +293,8 @@ class DeviceFunctions(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs is None and len(args) == 1 and func is not torch.Tensor.cuda:  # most are attributes
+            return func(*args)
         args, kwargs = on_cpu(args, kwargs or {})
         if func is torch.Tensor.cuda:
             func, args, kwargs = torch.Tensor.to, (args[0], "cpu"), {}

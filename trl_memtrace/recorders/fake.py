@@ -6,6 +6,7 @@ since nothing here takes the time that it would take.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,6 +27,8 @@ _ELSEWHERE = -1
 _DEVICE_OF = torch.ops.prim.device.default
 _LIFT = torch.ops.aten.lift_fresh.default
 _CONVERT = torch.ops.aten._to_copy.default
+_ADD = torch.ops.aten.add.Tensor
+_OF_ENGINE = torch.autograd.graph._engine_run_backward.__code__
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +179,17 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._host: dict[int, Any] = {}
         self._is_elsewhere = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No wrapper around every operator that tells the compiler to leave it alone: nothing is compiled here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:  # asked twice for every operator there is
             return args[0].fake_device
         kwargs = kwargs or {}
+        if func is _ADD and _adds_up_gradients(args):
+            return args[0]
         parts = self._kernels.parts(func)
         if parts is not None:
             with self:
@@ -243,6 +254,19 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def is_on_host(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is in the host's memory."""
         return tensor.untyped_storage()._cdata in self._host
+
+
+def _adds_up_gradients(args: Any) -> bool:
+    """Whether autograd's engine adds a gradient to another that nobody else holds. It does so in place, but not with
+    subclasses of tensors, which fake ones are: torch/csrc/autograd/input_buffer.cpp, accumulate."""
+    if torch.is_grad_enabled() or sys._getframe(2).f_code is not _OF_ENGINE:
+        return False
+    one, other = args
+    storage = one.untyped_storage()
+    alone: bool = torch._C._storage_Use_Count(storage._cdata) == 2  # the gradient and the line above
+    return (
+        alone and one.shape == other.shape and one.dtype is other.dtype and is_non_overlapping_and_dense_or_false(one)
+    )
 
 
 class FakeRecorder(Recorder):
