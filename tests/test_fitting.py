@@ -81,10 +81,10 @@ def test_the_largest_batch_is_the_largest(base, slope, curve, now, grain):
     pool = Pool(takes, {"per_device_train_batch_size": now})
     with pytest.MonkeyPatch.context() as patch:
         row = sized(patch, pool, "per_device_train_batch_size", "--per_device_train_batch_size", str(now))
-    fitting_ones = [size for size in range(1, 4097) if takes({"per_device_train_batch_size": size}) <= CARD]
+    fitting_ones = [size for size in range(1, 1025) if takes({"per_device_train_batch_size": size}) <= CARD]
     assert row.value == max(fitting_ones, default=None)
     assert len(pool.tried) <= (6 if not curve and grain == 1 else 27)  # a line is found at once
-    if row.value is not None and row.value < 4096:
+    if row.value is not None and row.value < 1024:
         assert row.next_value == row.value + 1
         assert row.next_outcome.fits is False
 
@@ -164,6 +164,9 @@ def test_a_command_that_cannot_be_run_says_why(monkeypatch):
     monkeypatch.setattr(fitting, "TrialPool", Pool(lambda flags: "no such model"))
     with pytest.raises(FitError, match="no such model"):
         fit("sft", [], CARD)
+    monkeypatch.setattr(fitting, "TrialPool", Pool(lambda flags: 5, {"per_device_train_batch_size": 1}))
+    with pytest.raises(FitError, match="there is no lora_r to size in this command"):
+        fit("sft", [], CARD, knobs=["lora_r"])
     with pytest.raises(ValueError, match="a knob to size is one of"):
         fit("sft", [], CARD, knobs=["seed"])
 
@@ -258,6 +261,19 @@ def test_the_command_finds_what_estimate_confirms(model):
         again["process_peak_bytes"]
         == savings["--gradient_checkpointing true"]["outcome"]["summary"]["process_peak_bytes"]
     )
+
+
+def test_the_rank_that_a_config_names_is_known(model, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("use_peft: true\nlora_r: 24\nlora_target_modules: all-linear\nmax_length: 32\n")
+    words = ["--model_name_or_path", str(model), "--config", str(config), "--memory", "42MiB"]
+    ended = CliRunner().invoke(commands.app, ["fit", "sft", *words, "--no-savers", "--knob", "lora_r", "--json"])
+    assert ended.exit_code == 0, ended.output
+    (row,) = json.loads(ended.stdout)["largest"]
+    assert row["now"] == 24
+    assert row["next_value"] == row["value"] + 8
+    assert estimated([*words, "--lora_r", str(row["value"])])["fits"] is True
+    assert estimated([*words, "--lora_r", str(row["next_value"])])["fits"] is False
 
 
 def test_a_card_is_asked_for(model, capsys, monkeypatch):

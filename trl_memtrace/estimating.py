@@ -76,11 +76,13 @@ class Findings:
         assumed: what had to be assumed, a sentence each.
         longest: tokens of the longest example; None where that is not known.
         positions: how many the model has; None where its config does not say.
+        lora_r: the rank of the adapters; None where there are none.
     """
 
     assumed: list[str] = field(default_factory=list)
     longest: int | None = None
     positions: int | None = None
+    lora_r: int | None = None
 
 
 @dataclass(slots=True)
@@ -182,6 +184,7 @@ def run_command(
         source = stack.enter_context(with_weights(source))
         model.model_name_or_path = str(source.path)
         stack.enter_context(_offline())
+        found.lora_r = model.lora_r if model.use_peft else None
         found.positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
         data, tokenizer_is_real = _data(kind, script, training, mixture, source, lengths, ground, found)
         _settle(kind, script, training, mixture)

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from .errors import MemtraceError
-from .grid import Flag, changed, read_flags
+from .grid import Flag, changed
 from .trials import Outcome, Trial, TrialPool
 
 _BATCH, _ACCUMULATION, _LENGTH, _RANK = (
@@ -23,9 +23,8 @@ _BATCH, _ACCUMULATION, _LENGTH, _RANK = (
 _GRANULES = {_BATCH: 1, _LENGTH: 64, _RANK: 8}
 """The knobs that can be sized, and in steps of what: tensor cores like lengths and ranks that are multiples."""
 
-_MOST = {_BATCH: 4096, _LENGTH: 1 << 20, _RANK: 1024}
+_MOST = {_BATCH: 1024, _LENGTH: 1 << 20, _RANK: 1024}
 _LINES = 3
-_DEFAULT_RANK = 16  # TRL's
 
 Told = Callable[[str], None]
 
@@ -175,7 +174,7 @@ def fit(
         tell: is told what is being tried.
 
     Raises:
-        FitError: the command cannot be run as it is.
+        FitError: the command cannot be run as it is, or has no such knob.
         GridError: the flags are none.
         ValueError: no such knob.
     """
@@ -189,6 +188,9 @@ def fit(
         if now.error is not None:
             raise FitError(now.error)
         found = Fit(kind, tuple(flags), device, now)
+        missing = [knob for knob in knobs or () if not isinstance(now.settings.get(knob), int)]
+        if missing:
+            raise FitError(f"there is no {missing[0]} to size in this command")
         if savers:
             found = _with_savings(found, fitter)
         sized = list(knobs) if knobs is not None else _knobs_of(found)
@@ -203,7 +205,7 @@ def _knobs_of(found: Fit) -> list[str]:
     knobs = [_BATCH]
     if outcome.longest is not None and outcome.longest == outcome.settings.get(_LENGTH):  # it is what ends sequences
         knobs.append(_LENGTH)
-    if _uses_peft(found):
+    if found.outcome.settings.get(_RANK):
         knobs.append(_RANK)
     return knobs
 
@@ -214,7 +216,7 @@ def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
     step, most = _step(knob, found), _MOST[knob]
     if knob == _LENGTH and found.outcome.positions is not None:
         most = found.outcome.positions
-    now = _value(knob, found)
+    now = int(found.outcome.settings[knob])
 
     def at(value: int) -> Outcome:
         return fitter.tried([Flag(knob, (str(value),))])
@@ -271,25 +273,13 @@ def _on_the_line(known: Mapping[int, Outcome], low: int, high: int, step: int) -
     return int((first + (capacity - sizes[first]) / slope) // step) if slope > 0 else 2 * low // step
 
 
-def _value(knob: str, found: Fit) -> int:
-    value = found.outcome.settings.get(knob)
-    if isinstance(value, int):
-        return value
-    given = next((flag.values for flag in read_flags(found.flags) if flag.name == knob), ())
-    return int(given[0]) if given and given[0].isdigit() else _DEFAULT_RANK
-
-
 # --- what saves memory -----------------------------------------------------------------------------------------------
-
-
-def _uses_peft(found: Fit) -> bool:
-    return any(role.endswith("/adapter") for role in found.outcome.roles)
 
 
 def _savers(found: Fit) -> Iterator[Saver]:
     """What is not in use yet."""
     settings, roles = found.outcome.settings, found.outcome.roles
-    peft = _uses_peft(found)
+    peft = bool(settings.get(_RANK))
     if not settings.get("gradient_checkpointing"):
         yield Saver("gradient checkpointing", (Flag("gradient_checkpointing", ("true",)),))
     if "8bit" not in str(settings.get("optim")):

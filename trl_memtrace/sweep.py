@@ -83,7 +83,7 @@ class Sweep:
     measured: bool = False
 
     def costs(self) -> list[Cost]:
-        """What each knob costs, of those that change anything."""
+        """What each knob costs, of those of which two values could be run."""
         return [cost for place, knob in enumerate(self.grid.knobs) for cost in self._costs_of(place, knob)]
 
     @property

@@ -66,7 +66,8 @@ def _measure(trial: Trial) -> Outcome:
 
 
 def _outcome(summary: dict[str, Any], run: RunTrace, found: Findings) -> Outcome:
-    return Outcome(summary, run.header.args, found.longest, found.positions, tuple(found.assumed))
+    settings = {**run.header.args, "lora_r": found.lora_r}
+    return Outcome(summary, settings, found.longest, found.positions, tuple(found.assumed))
 
 
 def _listen(told: queue.SimpleQueue[str]) -> None:

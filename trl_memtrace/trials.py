@@ -67,7 +67,7 @@ class Outcome:
 
     Attributes:
         summary: the record's summary; None where the trial failed.
-        settings: the trainer's arguments that decide memory, as in a record's header.
+        settings: the trainer's arguments that decide memory, as in a record's header, and ``lora_r``.
         longest: tokens of the longest example; None where that is not known.
         positions: how many the model has; None where its config does not say.
         assumed: what had to be assumed, a sentence each.

@@ -86,7 +86,7 @@ def _rows(sweep: Sweep, errors: list[str]) -> Table:
     has_verdict = any(row.outcome.fits is not None for row in sweep.rows)
     names = ("allocated", *(("reserved", "nvidia-smi") if has_reserved else ()))
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=len(name))
     table.add_column("peak in")
     if has_verdict:
         table.add_column("fits")
