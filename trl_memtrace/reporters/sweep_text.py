@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -12,10 +12,12 @@ from rich.text import Text
 
 from ..sweep import Cost, Row, Sweep
 from ..text import printable, words
+from ..trials import Outcome
 from ..units import common_unit, format_bytes
 from .terminal import print_plainly, quiet_table
 
 _NAMED = 3
+_Size = Callable[[Outcome], int | None]
 _NOTHING = "\N{MIDDLE DOT}"
 
 
@@ -82,27 +84,31 @@ def _rows(sweep: Sweep, errors: list[str]) -> Table:
     table = quiet_table(title=f"Sizes in {unit}", title_justify="left", title_style="dim")
     for knob in sweep.grid.knobs:
         table.add_column(words(printable(knob.name)), overflow="fold")
-    has_reserved = any(row.outcome.reserved_bytes is not None for row in sweep.rows)
-    has_verdict = any(row.outcome.fits is not None for row in sweep.rows)
-    names = ("allocated", *(("reserved", "nvidia-smi") if has_reserved else ()))
-    for name in names:
+    columns: list[tuple[str, _Size]] = [("allocated", lambda outcome: outcome.allocated_bytes)]
+    if any(row.outcome.reserved_bytes is not None for row in sweep.rows):
+        columns.append(("reserved", lambda outcome: outcome.reserved_bytes))
+    if any(row.outcome.process_bytes != row.outcome.reserved_bytes for row in sweep.rows) and len(columns) > 1:
+        columns.append(("nvidia-smi", lambda outcome: outcome.process_bytes))  # the context is known
+    for name, _ in columns:
         table.add_column(name, justify="right", min_width=len(name))
-    table.add_column("peak in")
+    table.add_column("peak in", overflow="fold")
+    has_verdict = any(row.outcome.fits is not None for row in sweep.rows)
     if has_verdict:
-        table.add_column("fits")
+        table.add_column("fits", min_width=4)
     for row in sweep.rows:
         choices = (Text(printable(choice)) for choice in row.point.choices)
-        table.add_row(*choices, *_cells(row, scale, len(names), has_verdict, errors))
+        table.add_row(*choices, *_cells(row, scale, [of for _, of in columns], has_verdict, errors))
     return table
 
 
-def _cells(row: Row, scale: int, sizes: int, has_verdict: bool, errors: list[str]) -> Iterator[Text]:
+def _cells(row: Row, scale: int, sizes: Sequence[_Size], has_verdict: bool, errors: list[str]) -> Iterator[Text]:
     outcome = row.outcome
     if outcome.error is not None:
-        yield from [Text(_NOTHING)] * sizes
+        yield from [Text(_NOTHING)] * len(sizes)
         yield Text(f"failed [{errors.index(outcome.error) + 1}]", style="red")
         return
-    for size in (outcome.allocated_bytes, outcome.reserved_bytes, outcome.process_bytes)[:sizes]:
+    for size_of in sizes:
+        size = size_of(outcome)
         yield Text(_NOTHING if size is None else f"{size / scale:,.2f}")
     yield Text(outcome.phase or "")
     if has_verdict:
