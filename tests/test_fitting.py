@@ -160,6 +160,16 @@ def test_savers_are_ranked_and_the_fewest_that_help_are_put_together(monkeypatch
     assert len(pool.tried) == len({tuple(sorted(flags.items())) for flags in pool.tried})
 
 
+@pytest.mark.parametrize(("ranks", "settings", "offered"), [(1, {}, 0), (8, {}, 1), (8, {"fsdp": True}, 0)])
+def test_several_ranks_may_share_a_model(monkeypatch, ranks, settings, offered):
+    pool = Pool(lambda flags: 5_000 if "fsdp" in flags else 20_000, {"per_device_train_batch_size": 1, **settings})
+    monkeypatch.setattr(fitting, "TrialPool", pool)
+    found = fit("sft", ["--a", "b"], CARD, knobs=[], ranks=ranks)
+    assert [saving.saver.text for saving in found.savings].count("--fsdp") == offered
+    if offered:
+        assert found.command(found.together) == "trl sft --a b --fsdp"
+
+
 def test_a_command_that_cannot_be_run_says_why(monkeypatch):
     monkeypatch.setattr(fitting, "TrialPool", Pool(lambda flags: "no such model"))
     with pytest.raises(FitError, match="no such model"):

@@ -4,17 +4,17 @@ value for."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .patching import Put
+
 if TYPE_CHECKING:
     from .dryrun import DryRun
-
-Put = Callable[[Any, str, Any], None]
 
 _REMEMBERING = ("comm.comm", "utils.groups", "accelerator.real_accelerator")
 """Its modules that keep what they have found out of a process: groups, backends, the accelerator."""

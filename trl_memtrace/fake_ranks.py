@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import MemtraceError
 from .fake_deepspeed import pretend_deepspeed
+from .patching import Put
 
 if TYPE_CHECKING:
     from .dryrun import DryRun
-
-Put = Callable[[Any, str, Any], None]
 
 _RANKS_OF_A_NODE = 8
 

@@ -276,7 +276,7 @@ def _on_the_line(known: Mapping[int, Outcome], low: int, high: int, step: int) -
 # --- what saves memory -----------------------------------------------------------------------------------------------
 
 
-def _savers(found: Fit) -> Iterator[Saver]:
+def _savers(found: Fit, ranks: int) -> Iterator[Saver]:
     """What is not in use yet."""
     settings, roles = found.outcome.settings, found.outcome.roles
     peft = bool(settings.get(_RANK))
@@ -300,12 +300,14 @@ def _savers(found: Fit) -> Iterator[Saver]:
         for parts in dict.fromkeys((half, batch)):
             flags = (Flag(_BATCH, (str(batch // parts),)), Flag(_ACCUMULATION, (str(accumulation * parts),)))
             yield Saver("smaller batches, as many examples a step", flags)
+    if ranks > 1 and not (settings.get("fsdp") or settings.get("deepspeed")):
+        yield Saver("FSDP2, a shard on each rank", (Flag("fsdp"),))
     if not settings.get("use_liger_kernel"):
         yield Saver("Liger's kernels", (Flag("use_liger_kernel", ("true",)),))
 
 
 def _with_savings(found: Fit, fitter: _Fitter) -> Fit:
-    savers = list(_savers(found))
+    savers = list(_savers(found, fitter.ranks))
     for saver in savers:
         fitter.submit(saver.flags)
     savings = []
