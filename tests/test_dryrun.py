@@ -237,6 +237,9 @@ def test_what_does_not_fit_is_said_so(tmp_path: Path) -> None:
         _sft()(tmp_path).train()
     assert dry.summary()["fits"] is False
     assert dry.memory.refusal is not None
+    with dry_run() as unlimited:
+        _sft()(tmp_path).train()
+    assert dry.run.peak == unlimited.run.peak  # a request that is refused keeps nothing alive
 
 
 def test_a_plain_loop_is_traced_by_its_tracer() -> None:

@@ -142,7 +142,7 @@ class FakeMemory:
         try:
             return allocator.allocate(size)
         except SimulatedOutOfMemoryError as refusal:
-            self.refusal = self.refusal or refusal
+            self.refusal = self.refusal or refusal.with_traceback(None)  # whose frames hold tensors
             if self.on_refusal is not None:
                 self.on_refusal()
             allocator.capacity_bytes = None
