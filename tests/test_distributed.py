@@ -155,7 +155,8 @@ def test_buckets_that_ddp_makes_anew_are_counted_once(ddp):
         told = second["idle"][0]["communication"] - 2 * whole  # the new are there before the old are gone
         assert 0 <= told < 64  # beside them at most the sizes that ranks tell each other, until gloo's thread is done
         for name in ("forward", "loss", "backward", "optimizer"):
-            assert [levels["communication"] for levels in second[name]] == [whole, whole]
+            for levels in second[name]:
+                assert 0 <= levels["communication"] - whole < 64
         for step in seen["bare"]["view"]:
             for at_peak, at_end in step.values():  # one memory, called by what it is for
                 assert at_peak["gradients"] == at_end["gradients"] == whole
@@ -184,7 +185,8 @@ def test_fsdp2_holds_shards_and_gathers_are_communication(fsdp2):
             assert step.phases["idle"].at_end["gradients"] == 0
             # At the end of forward the tail is being gathered: a buffer, and the parameters made from it.
             assert step.phases["forward"].at_peak["communication"] == 2 * tail
-            assert step.phases["loss"].at_peak["communication"] == tail
+            # Where gloo's thread is late, it is the last to let go of the buffer.
+            assert step.phases["loss"].at_peak["communication"] in (tail, 2 * tail)
             assert step.phases["idle"].at_end["communication"] == 0
     assert sum(run.peak.roles["weights/trainable"] for run in fsdp2.runs()) == WHOLE
     assert sum(run.steps[-1].peak.roles["optimizer_states/exp_avg"] for run in fsdp2.runs()) == WHOLE
