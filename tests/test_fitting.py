@@ -285,9 +285,8 @@ def test_the_rank_that_a_config_names_is_known(model, tmp_path):
     for value, outcome, fits in (("value", "outcome", True), ("next_value", "next_outcome", False)):
         found = row[outcome]["summary"]
         assert found["fits"] is fits
-        assert (
-            estimated([*words, "--lora_r", str(row[value])])["allocated_peak_bytes"] == found["allocated_peak_bytes"]
-        )
+        alone = estimated([*words, "--lora_r", str(row[value])])
+        assert alone["allocated_peak_bytes"] == pytest.approx(found["allocated_peak_bytes"], rel=0.01)
 
 
 def test_a_card_is_asked_for(model, capsys, monkeypatch):
