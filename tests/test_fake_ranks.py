@@ -205,8 +205,9 @@ def known() -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_nothing_of_it_stays(kind: str, folder: Path) -> None:
     more = {"ddp": [], "fsdp2": ["--fsdp"], "zero3": ["--deepspeed", zero(folder, 3)]}[kind]
-    environment = dict(os.environ)
+    environment, linear = dict(os.environ), torch.nn.functional.linear
     estimate("sft", flags(folder, *more), ranks=2)  # libraries are loaded late, and remember shapes
+    assert torch.nn.functional.linear is linear
     before = known()
     assert not [name for name in os.environ.keys() - environment if name.startswith(("ACCELERATE", "FSDP", "MASTER"))]
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK"}.isdisjoint(os.environ.keys() - environment)

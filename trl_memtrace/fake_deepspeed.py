@@ -39,6 +39,7 @@ def pretend_deepspeed(put: Put, dry: DryRun) -> Iterator[None]:
         real_accelerator = modules["accelerator.real_accelerator"]
         real_accelerator.ds_accelerator = _accelerator(dry)
         modules["comm.comm"].cdb = None
+        put(torch.nn.functional, "linear", torch.nn.functional.linear)  # ZeRO-3 puts its own there, and leaves it
         put(modules["comm.torch"], "build_shm_op", lambda: None)  # for CPUs, and compiled first
         for name, optimizer in _OPTIMIZERS:
             _let_all_gradients_be_finite(put, modules[name], getattr(modules[name], optimizer))
