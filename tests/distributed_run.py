@@ -28,6 +28,7 @@ from trl_memtrace import MemoryTracer, MemTrace  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 HANG_SECONDS = 90.0
+PAUSE_SECONDS = 0.05
 
 
 def let_cpus_be_sharded() -> None:
@@ -61,6 +62,12 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def let_the_group_catch_up(*_: Any) -> None:
+    """Before FSDP lets go of what it gathered last: gloo's thread, which may come late on a busy machine, has done so
+    then, and the buffer ends where FSDP says."""
+    time.sleep(PAUSE_SECONDS)
+
+
 def train(folder: Path, kind: str, traced: bool, *callbacks: TrainerCallback, **settings: Any) -> list[float]:
     trainer = tiny.trainer(
         folder,
@@ -69,6 +76,8 @@ def train(folder: Path, kind: str, traced: bool, *callbacks: TrainerCallback, **
         max_grad_norm=1.0,
         **settings,
     )
+    if kind == "fsdp2":
+        trainer.model.register_forward_hook(let_the_group_catch_up)
     for callback in callbacks:
         trainer.add_callback(callback)
     if traced:
