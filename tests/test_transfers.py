@@ -87,6 +87,22 @@ def test_buckets_stay_and_so_does_what_somebody_claims(kind, claimed):
     assert books.categories_at(1)[Category.COMMUNICATION] == 100
 
 
+@pytest.mark.parametrize("sizes", [(900, 600), (1500,), (700, 500, 300)])
+def test_what_ranks_tell_each_other_of_new_buckets_is_over_when_the_first_is_made(sizes):
+    rows = [(5, 0xA0, 8), *((6 + place, 0xB0 + place, size) for place, size in enumerate(sizes)), (30, 0xF0, 1)]
+    claims = Claims.of([(1, NOWHERE, 1000, 0), (1, NOWHERE - 1, 500, 0)], [BUCKET])
+    books, allocator = keep_books(recording(rows), claims, timeline((4, "buckets"), (20, None)))
+    told = [level - 1500 for level in allocator.tolist()]  # less the old ones
+    assert told == [0, 8, 0, *np.cumsum(sizes).tolist(), 1501]
+    assert allocator.tolist() == books.ledger.level.tolist()
+
+
+def test_buckets_whose_bytes_are_not_those_of_the_old_ones_stay_with_all_beside_them():
+    claims = Claims.of([(1, NOWHERE, 1000, 0)], [BUCKET])
+    _, allocator = keep_books(recording([(5, 0xA0, 8), (6, 0xB0, 900)]), claims, timeline((4, "buckets"), (20, None)))
+    assert allocator.tolist() == [1000, 1008, 1908]
+
+
 def test_without_transfers_what_is_never_freed_is_there_at_the_end():
     books, allocator = keep_books(recording([(5, 0xA0, 100)]), Claims.of([], []), Timeline([0], [Phase.FORWARD]))
     assert allocator.tolist() == [0, 100]

@@ -102,19 +102,22 @@ def _between_samples(samples: Samples, claims: Claims) -> tuple[Ledger, Claims]:
 
 def _with_lost_ends(recording: Recording, claims: Claims, timeline: Timeline) -> Recording:
     """What a process group allocates for itself in a transfer between ranks is freed by a thread of its own, unseen:
-    it ends with the transfer, unless somebody claims it. Buckets stay."""
+    it ends with the transfer, unless somebody claims it. Buckets stay; what ranks tell each other of them is over when
+    the first is made."""
     if not len(timeline.transfer_ns):
         return recording
     events = recording.events
     ledger = Ledger.of(events)
     claimed = find_claimed(ledger, claims)
-    passing = np.array([kind not in (None, BUCKETS) for kind in [*timeline.transfer, None]], np.bool_)
-    lost = passing[in_transfer(ledger, timeline)]
-    lost[claimed[claimed >= 0]] = False
+    born_in = in_transfer(ledger, timeline)
+    makes_buckets = np.array([kind == BUCKETS for kind in [*timeline.transfer, None]], np.bool_)[born_in]
+    buckets = _new_buckets(ledger, claims, np.flatnonzero(makes_buckets), claimed)
+    lost = (born_in >= 0) & (~makes_buckets | (len(buckets) > 0))
+    lost[claimed[claimed >= 0]] = lost[buckets] = False
     ended = np.flatnonzero(ledger.died != NEVER)
     lost[ended[events.size[ledger.died[ended] - 1] < 0]] = False  # else its address was given out again
     over = [when for when, kind in zip(timeline.transfer_ns, timeline.transfer, strict=True) if kind is None]
-    ends = np.append(ledger.instants(over), len(events))
+    ends = np.unique([*ledger.instants(over), *(ledger.born[buckets] - 1), len(events)])
     end = ends[np.searchsorted(ends, ledger.born, side="left")]
     rows = np.flatnonzero(lost & (end < ledger.died))
     rows = rows[np.argsort(end[rows], kind="stable")]
@@ -125,6 +128,15 @@ def _with_lost_ends(recording: Recording, claims: Claims, timeline: Timeline) ->
         np.insert(events.size, place, size),
     )
     return Recording(filled, np.insert(recording.reported, place, size))
+
+
+def _new_buckets(ledger: Ledger, claims: Claims, born: Int64Array, claimed: Int64Array) -> Int64Array:
+    """Which of the blocks that were born as DDP made its buckets anew are these: as many bytes together as the old
+    ones, or what gradients are views of; none where that cannot be told."""
+    held = born[np.isin(born, claimed)]
+    by_size = born[np.argsort(-ledger.size[born], kind="stable")]
+    whole = np.flatnonzero(np.cumsum(ledger.size[by_size]) == claims.size[claims.address <= NOWHERE].sum())
+    return np.union1d(held, by_size[: whole[0] + 1]) if len(whole) else held
 
 
 def _with_buckets_found(ledger: Ledger, claims: Claims) -> Claims:
