@@ -14,7 +14,7 @@ from typing import Any
 
 from .dryrun import DryRun, DryRunError, dry_run
 from .errors import MemtraceError
-from .short_training import TrainedError
+from .short_training import TrainedError, leave_when_trained
 from .text import one_line
 
 
@@ -65,15 +65,8 @@ def until_trained(dry: DryRun) -> Iterator[None]:
 
     from .patching import put_until
 
-    train = Trainer.train
-
-    @functools.wraps(train)
-    def train_and_leave(self: Any, *args: Any, **kwargs: Any) -> Any:
-        train(self, *args, **kwargs)
-        raise TrainedError
-
     with ExitStack() as stack:
-        put_until(stack, Trainer, "train", train_and_leave)
+        leave_when_trained(functools.partial(put_until, stack), Trainer.train)
         loop = _Loop(dry)
         stack.callback(loop.close)
         loop.install(stack)

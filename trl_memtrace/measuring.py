@@ -15,7 +15,7 @@ from .estimating import Findings, Source, check, run_command
 from .patching import put_until
 from .records import RunTrace
 from .run_info import look_beyond
-from .short_training import TrainedError, training_a_little, write_nothing
+from .short_training import TrainedError, leave_when_trained, training_a_little, write_nothing
 
 if TYPE_CHECKING:
     from .dry_trace import DryTrace
@@ -52,16 +52,15 @@ class _Here:
 
         train = Trainer.train
 
-        @functools.wraps(train)
-        def train_and_leave(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        def train_a_little(trainer: Any, *args: Any, **kwargs: Any) -> None:
             with training_a_little(trainer, self.steps) as self.trace:
                 train(trainer)
-            raise TrainedError
 
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memtrace-"))
-            write_nothing(functools.partial(put_until, stack), folder)
-            put_until(stack, Trainer, "train", train_and_leave)
+            put = functools.partial(put_until, stack)
+            write_nothing(put, folder)
+            leave_when_trained(put, train_a_little)
             with suppress(TrainedError):
                 yield
 

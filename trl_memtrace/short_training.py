@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,24 @@ if TYPE_CHECKING:
 
 class TrainedError(BaseException):
     """A training is over that somebody waits for. No ``except Exception`` of a script holds it up."""
+
+
+def leave_when_trained(put: Put, train: Callable[..., Any]) -> None:
+    """Have trainers train so, and then leave by ``TrainedError``: what comes after would work with what a few steps
+    have made.
+
+    Args:
+        put: sets an attribute, until it is put back.
+        train: in place of ``Trainer.train``.
+    """
+    from transformers import Trainer
+
+    @functools.wraps(Trainer.train)
+    def train_and_leave(*args: Any, **kwargs: Any) -> Any:
+        train(*args, **kwargs)
+        raise TrainedError
+
+    put(Trainer, "train", train_and_leave)
 
 
 def write_nothing(put: Put, folder: str) -> None:

@@ -31,6 +31,7 @@ class Kind(str, Enum):
     RLOO = "rloo"
 
 
+KindName = Annotated[Kind, typer.Argument(metavar="sft|dpo|kto|reward|grpo|rloo", help="The command of trl.")]
 DeviceName = Annotated[str | None, typer.Option("--device", help="The card, such as 'A100 80GB'; none has no limit.")]
 Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Its memory instead, such as 24GiB.")]
 Ranks = Annotated[
@@ -97,7 +98,7 @@ def read_lengths(file: Path | None) -> list[int] | None:
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def estimate(
     context: typer.Context,
-    kind: Annotated[Kind, typer.Argument(metavar="sft|dpo|kto|reward|grpo|rloo", help="The command of trl.")],
+    kind: KindName,
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
+from .estimate import AsJson, DeviceName, KindName, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
 from .sweep import Workers
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _KNOB_HELP = "Size only this: per_device_train_batch_size, max_length or lora_r.
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def fit(
     context: typer.Context,
-    kind: Annotated[Kind, typer.Argument(metavar="sft|dpo|kto|reward|grpo|rloo", help="The command of trl.")],
+    kind: KindName,
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnwritableError
-from .estimate import AsJson, DeviceName, Kind, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
+from .estimate import AsJson, DeviceName, KindName, Lengths, Memory, Ranks, Steps, read_lengths, trial_device
 
 if TYPE_CHECKING:
     from ..sweep import Row, Sweep
@@ -27,7 +27,7 @@ Workers = Annotated[
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def sweep(
     context: typer.Context,
-    kind: Annotated[Kind, typer.Argument(metavar="sft|dpo|kto|reward|grpo|rloo", help="The command of trl.")],
+    kind: KindName,
     device: DeviceName = None,
     memory: Memory = None,
     steps: Steps = 2,

@@ -85,7 +85,7 @@ def _savings(found: Fit) -> Table:
     for saving in found.savings:
         table.add_row(
             Text(saving.saver.name),
-            _signed(saving.saves_bytes),
+            _NOTHING if saving.saves_bytes is None else format_bytes(saving.saves_bytes),
             _size(saving.outcome),
             fits[saving.outcome.fits],
             Text(printable(saving.saver.text), style="dim"),
@@ -95,7 +95,3 @@ def _savings(found: Fit) -> Table:
 
 def _size(outcome: Outcome | None) -> str:
     return _NOTHING if outcome is None or outcome.process_bytes is None else format_bytes(outcome.process_bytes)
-
-
-def _signed(size: int | None) -> str:
-    return _NOTHING if size is None else f"{'-' if size < 0 else ''}{format_bytes(abs(size))}"

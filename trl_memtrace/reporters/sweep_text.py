@@ -48,18 +48,14 @@ def headline(sweep: Sweep) -> str:
 def cost_text(cost: Cost) -> str:
     """``"1.50 KiB"``, or from the least to the most where the other knobs make a difference."""
     spread = cost.spread
-    least, median, most = (_signed(size) for size in (spread.least, spread.median, spread.most))
+    least, median, most = (format_bytes(round(size)) for size in (spread.least, spread.median, spread.most))
     return median if least == most else f"{median} ({least} to {most})"
 
 
 def mostly(cost: Cost) -> str:
     """The categories that most of a cost is, in words."""
     largest = sorted(cost.categories.items(), key=lambda item: -abs(item[1]))[:_NAMED]
-    return ", ".join(f"{words(name)} {_signed(size)}" for name, size in largest)
-
-
-def _signed(size: float) -> str:
-    return f"{'-' if size < 0 else ''}{format_bytes(abs(round(size)))}"
+    return ", ".join(f"{words(name)} {format_bytes(round(size))}" for name, size in largest)
 
 
 def _parts(sweep: Sweep, written: Iterable[Path]) -> Iterator[RenderableType]:
