@@ -205,7 +205,7 @@ def _knobs_of(found: Fit) -> list[str]:
     knobs = [_BATCH]
     if outcome.longest is not None and outcome.longest == outcome.settings.get(_LENGTH):  # it is what ends sequences
         knobs.append(_LENGTH)
-    if found.outcome.settings.get(_RANK):
+    if outcome.settings.get(_RANK):
         knobs.append(_RANK)
     return knobs
 
@@ -218,13 +218,10 @@ def _largest(fitter: _Fitter, knob: str, found: Fit) -> Largest:
         most = found.outcome.positions
     now = int(found.outcome.settings[knob])
 
-    def at(value: int) -> Outcome:
-        return fitter.tried([Flag(knob, (str(value),))])
-
     known: dict[int, Outcome] = {now: found.outcome}
     for value in _guesses(known, step, most):
         if value not in known:
-            known[value] = at(value)
+            known[value] = fitter.tried([Flag(knob, (str(value),))])
     best = max((value for value, outcome in known.items() if outcome.fits), default=None)
     beyond = min((value for value in known if best is not None and value > best), default=None)
     return Largest(
@@ -315,7 +312,7 @@ def _with_savings(found: Fit, fitter: _Fitter) -> Fit:
         outcome = fitter.tried(saver.flags)
         size, before = outcome.process_bytes, found.outcome.process_bytes
         savings.append(Saving(saver, outcome, before - size if size is not None and before is not None else None))
-    savings.sort(key=lambda saving: -(saving.saves_bytes if saving.saves_bytes is not None else -(1 << 62)))
+    savings.sort(key=lambda saving: (saving.saves_bytes is None, -(saving.saves_bytes or 0)))
     found = replace(found, savings=tuple(savings))
     if found.outcome.fits:
         return found
