@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -47,7 +48,7 @@ class Calls:
                 return func(*args, **kwargs)
             if known is not None:
                 return self._make(known, args)
-            result = _without_false_values(_carry_out(fake_mode, func, types, args, kwargs), args)
+            result = _carry_out(fake_mode, func, types, args, kwargs)
             # Where an argument has another shape than before, that is what the operator is for.
             if key is not None and key == self._key(func, args, kwargs):
                 self._known[key] = _description(result, args, kwargs)
@@ -180,13 +181,33 @@ def _description(result: Any, args: Any, kwargs: Any) -> Any:
 
 def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """What the fake mode makes of an operator, and what it cannot."""
+    if func in _MADE_OF_NUMBERS or func in _NOWHERE:
+        return _with_values(fake_mode, func, types, args, kwargs)
     if func is aten._grouped_mm.default:
         with fake_mode:
             return _grouped_mm(*args, **kwargs)
-    result = fake_mode.dispatch(func, types, args, kwargs)
+    result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
     if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
         return result[0], _taking_turns(fake_mode, result[1], args)
     return result
+
+
+_MADE_OF_NUMBERS = frozenset(
+    (aten.ones.default, aten.zeros.default, aten.full.default)
+    + (aten.arange.default, aten.arange.start, aten.arange.start_step)
+)
+"""What comes of these follows from numbers alone; the fake mode does not take it for known."""
+
+_NOWHERE = frozenset((aten.isinf.default, aten.isnan.default))
+"""What these look for is taken not to be there."""
+
+
+def _with_values(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What comes of an operator whose result can be told beforehand, with its values where they are few enough."""
+    made = fake_mode.dispatch(func, types, args, kwargs)
+    if not _is_plain(made) or made.numel() > fake_tensor.CONSTANT_NUMEL_LIMIT:
+        return made
+    return known(fake_mode, torch.zeros(made.shape, dtype=torch.bool) if func in _NOWHERE else func(*args, **kwargs))
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
