@@ -158,8 +158,10 @@ def old_loss(logits: Any, labels: Any, vocab_size: int, num_items_in_batch: Any 
 
 
 def old_casting(model: Any) -> None:
-    """What TRL 0.13 did to QLoRA models after PEFT's ``prepare_model_for_kbit_training``: its
-    ``peft_module_casting_to_bf16``, which leaves norms in float32, and so all hidden states from the first layer on."""
+    """What TRL 0.13 did to QLoRA models after PEFT's ``prepare_model_for_kbit_training``.
+
+    Its ``peft_module_casting_to_bf16`` left norms in float32, and so all hidden states from the first layer on.
+    """
     for name, module in model.named_modules():
         if any(part in name for part in ("lm_head", "embed_tokens")):
             module.to(torch.bfloat16)

@@ -93,3 +93,32 @@ def test_values_that_are_known_stay_so() -> None:
         assert not bool((known > 2).all())
         known.mul_(torch.empty(3))
         assert bool((known > 2).all())
+
+
+def test_what_is_made_of_numbers_is_known() -> None:
+    """A mask made of ones, as PEFT makes it for virtual tokens, beside one with a hole."""
+    with dry_run(semantics="cpu") as dry:
+        padded = dry.to_device(torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        assert not bool(torch.cat((torch.ones(2, 4), padded), dim=1).bool().all())
+        assert torch.full((2,), 3).sum().item() + torch.arange(1, 4).sum().item() == 12
+        turned = torch.nn.functional.one_hot(torch.arange(3), 4).sum(0)
+        assert [value.item() for value in turned] == [1, 1, 1, 0]
+        assert torch.zeros(1 << 23).any().item()  # too many to be known: a flag is set
+
+
+def test_what_is_written_into_numbers_is_not_known() -> None:
+    with dry_run(semantics="cpu"):
+        made = torch.zeros(3)
+        assert not bool(made.any())
+        made.add_(torch.empty(3))
+        assert bool(made.any())
+
+
+def test_no_value_is_infinite_or_none_unless_it_is_known_to_be() -> None:
+    with dry_run(semantics="cpu") as dry:
+        for _ in range(2):
+            unknown = torch.empty(3)
+            assert not bool(unknown.isinf().any() | unknown.isnan().any())
+            assert bool(unknown.isfinite().all())
+        known = dry.to_device(torch.tensor([1.0, float("inf"), float("nan")]))
+        assert known.isinf().sum().item() == known.isnan().sum().item() == 1

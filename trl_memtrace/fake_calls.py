@@ -192,13 +192,13 @@ def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) ->
     return result
 
 
-_MADE_OF_NUMBERS = frozenset(
-    (aten.ones.default, aten.zeros.default, aten.full.default)
-    + (aten.arange.default, aten.arange.start, aten.arange.start_step)
-)
+_MADE_OF_NUMBERS = {
+    *(aten.ones.default, aten.zeros.default, aten.full.default),
+    *(aten.arange.default, aten.arange.start, aten.arange.start_step),
+}
 """What comes of these follows from numbers alone; the fake mode does not take it for known."""
 
-_NOWHERE = frozenset((aten.isinf.default, aten.isnan.default))
+_NOWHERE = {aten.isinf.default, aten.isnan.default}
 """What these look for is taken not to be there."""
 
 

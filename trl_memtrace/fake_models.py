@@ -34,15 +34,34 @@ def fill(model: nn.Module, load_config: Any, inside: Inside, warm_up: Callable[[
     if load_config.device_map is not None or load_config.hf_quantizer is not None:
         with inside():
             warm_up(sum(_loaded_bytes(tensor, quantized) for tensor in tensors.values()))
-    made: dict[int, torch.Tensor] = {}
-    for place in places:
+
+    def load(place: _Place) -> torch.Tensor:
+        """A tensor as it comes from its file."""
         old = place.tensor
-        if id(old) not in made:
-            dtype = torch.float32 if wide is not None and wide.search(place.path) else old.dtype
-            code = quantized.get(id(old))
-            with inside():
-                made[id(old)] = code(place.module, dtype) if code else _fake_like(old, dtype)
-        place.names[place.name] = made[id(old)]
+        dtype = torch.float32 if wide is not None and wide.search(place.path) else old.dtype
+        if id(old) not in quantized:
+            return _fake_like(old, dtype)
+        linear: Any = place.module
+        shape = linear.out_features, linear.in_features
+        return torch.empty(shape, dtype=dtype if dtype.is_floating_point else torch.float16, device="cpu")
+
+    firsts = list({id(place.tensor): place for place in reversed(places)}.values())[::-1]
+    loaded: dict[int, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
+    with inside():
+        for number, place in enumerate(firsts):
+            for ahead in firsts[len(loaded) + number : number + 1 + _READ_AHEAD]:
+                loaded[id(ahead.tensor)] = load(ahead)
+            key = id(place.tensor)
+            code = quantized.get(key)
+            made[key] = code(place.module, loaded.pop(key)) if code else loaded.pop(key)
+    for place in places:
+        place.names[place.name] = made[id(place.tensor)]
+
+
+_READ_AHEAD = 4
+"""How many tensors are read, by as many threads, while one is coded: ``GLOBAL_WORKERS`` of transformers'
+core_model_loading.py where there are as many cores. It decides into which holes coded weights go."""
 
 
 class _Place(NamedTuple):
@@ -76,9 +95,9 @@ def _loaded_bytes(tensor: torch.Tensor, quantized: dict[int, Any]) -> int:
     return tensor.numel() // (2 if type(tensor).__name__ == "Params4bit" else 1)
 
 
-def _quantized_modules(model: nn.Module) -> dict[int, Callable[[Any, torch.dtype], Any]]:
+def _quantized_modules(model: nn.Module) -> dict[int, Callable[[Any, torch.Tensor], Any]]:
     """How the weights that bitsandbytes codes are made, by the identity of each."""
-    found: dict[int, Callable[[Any, torch.dtype], Any]] = {}
+    found: dict[int, Callable[[Any, torch.Tensor], Any]] = {}
     for module in model.modules():
         kind = {cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("bitsandbytes")}
         if "Linear4bit" in kind:
@@ -88,12 +107,11 @@ def _quantized_modules(model: nn.Module) -> dict[int, Callable[[Any, torch.dtype
     return found
 
 
-def _four_bit(module: Any, dtype: torch.dtype) -> Any:
+def _four_bit(module: Any, weight: torch.Tensor) -> Any:
     """As ``Params4bit._quantize``, which cannot be made of a fake tensor."""
     import bitsandbytes.functional as functional
 
     old = module.weight
-    weight = torch.empty((module.out_features, module.in_features), dtype=_loaded_dtype(old, dtype), device="cpu")
     packed, state = functional.quantize_4bit(
         weight,
         blocksize=old.blocksize,
@@ -109,19 +127,14 @@ def _four_bit(module: Any, dtype: torch.dtype) -> Any:
     return made
 
 
-def _eight_bit(module: Any, dtype: torch.dtype) -> Any:
+def _eight_bit(module: Any, weight: torch.Tensor) -> Any:
     """As ``Int8Params._quantize``."""
     import bitsandbytes.functional as functional
 
-    weight = torch.empty((module.out_features, module.in_features), dtype=torch.float16, device="cpu")
-    rows, scale, _ = functional.int8_vectorwise_quant(weight)
+    rows, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
     made: Any = nn.Parameter(rows, requires_grad=False)
     made.CB, made.SCB, made.has_fp16_weights = rows, scale, False
     return made
-
-
-def _loaded_dtype(old: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype.is_floating_point else torch.float16
 
 
 @contextmanager
