@@ -114,6 +114,16 @@ def test_what_is_written_into_numbers_is_not_known() -> None:
         assert bool(made.any())
 
 
+def test_values_go_with_the_data_that_had_them() -> None:
+    with dry_run():
+        linear = torch.nn.Linear(2, 2)
+        linear.bias = torch.nn.Parameter(torch.zeros(2))
+        linear.bfloat16()
+        assert torch.zeros_like(linear.bias).dtype is torch.bfloat16
+        linear.bias.data = torch.empty(2)
+        assert bool(linear.bias.any())
+
+
 def test_no_value_is_infinite_or_none_unless_it_is_known_to_be() -> None:
     with dry_run(semantics="cpu") as dry:
         for _ in range(2):

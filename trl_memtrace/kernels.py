@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from . import cuda_attention
+from .cuda_autocast import has_kernel, in_float32
 from .device import cublas_workspace_bytes
 from .pretended_cuda import on_cpu
 from .recorders.fake import FakeMemory, StorageWatch
@@ -237,6 +238,8 @@ def dropout(tensor: Any, p: float = 0.5, training: bool = True, inplace: bool = 
 
 def rms_norm(tensor: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
     """One kernel: aten/src/ATen/native/cuda/layer_norm_kernel.cu."""
+    if torch.is_autocast_enabled("cpu") and has_kernel("rms_norm", "AutocastCUDA"):
+        tensor, weight = in_float32(tensor), in_float32(weight)
     if weight is not None and weight.dtype is tensor.dtype:
         return aten._fused_rms_norm(tensor, normalized_shape, weight, eps)[0]
     return NotImplemented
@@ -285,8 +288,11 @@ def instead(original: Callable[..., Any], other: Callable[..., Any]) -> Callable
     return call_either
 
 
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 class DeviceFunctions(TorchFunctionMode):
-    """What depends on where a tensor is: a batch comes to the device when it is sent there."""
+    """What no operator tells: a batch comes to the device when it is sent there; new data has other values."""
 
     def __init__(self, watch: StorageWatch) -> None:
         super().__init__()
@@ -298,6 +304,8 @@ class DeviceFunctions(TorchFunctionMode):
         args, kwargs = on_cpu(args, kwargs or {})
         if func is torch.Tensor.cuda:
             func, args, kwargs = torch.Tensor.to, (args[0], "cpu"), {}
+        if func == _SET_DATA and isinstance(args[0], FakeTensor):
+            args[0].constant = getattr(args[1], "constant", None)
         if func is torch.Tensor.to and isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
             return args[0].clone() if self._watch.is_on_host(args[0]) else func(*args, **kwargs)
         return func(*args, **kwargs)

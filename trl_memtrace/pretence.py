@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .cuda_autocast import casting_as_cuda
 from .fake_models import loading_fakes
 from .fake_offloading import offload_fakes
 from .fake_ranks import first_of
@@ -40,6 +41,8 @@ def pretend(dry: DryRun) -> Iterator[None]:
             stack.enter_context(first_of(dry.ranks, put, dry))
         _torch(put, dry)
         pretend_cuda(put, dry)
+        if dry.is_cuda:
+            stack.enter_context(casting_as_cuda())
         _transformers(put, dry, folder)
         _bitsandbytes(put, dry)
         # One process alone is about to have it on its card; of several, each may take no more than its shard there.
