@@ -49,11 +49,13 @@ def _sft(kind: str = "llama", experts: str | None = None, **settings: Any) -> Ma
     return make
 
 
-def _qlora(**settings: Any) -> Make:
+def _qlora(bits: int = 4, **settings: Any) -> Make:
     def make(folder: Path) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(
             _folder(folder.with_name("base")),
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4"
+            ),
             device_map="cpu",
             dtype=torch.float32,
         )
@@ -127,6 +129,7 @@ CONFIGURATIONS: dict[str, Make] = {
     ),
     "QLoRA, fused": _qlora(optimizer="adamw_torch_fused"),
     "QLoRA, 8-bit, checkpoints": _qlora(optimizer="adamw_bnb_8bit", gradient_checkpointing=True),
+    "LoRA on 8 bit, fused": _qlora(8, optimizer="adamw_torch_fused"),
     "DPO, full, fused": _other("dpo"),
     "DPO, checkpoints, accumulation": _other("dpo", gradient_checkpointing=True, gradient_accumulation_steps=2),
     "reward, full, fused": _other("reward"),

@@ -98,6 +98,18 @@ def test_flags_decide(folder: Path) -> None:
     assert half["weights"] < 0.55 * full["weights"]
 
 
+@pytest.mark.parametrize(("bits", "each"), [(8, 1.0), (4, 0.5 + 4 / 64)])
+def test_a_quantized_base_is_trained(bits: int, each: float, folder: Path) -> None:
+    """In 8 bit a byte each and a scale a row; in 4 bit half a byte each and a scale for every 64."""
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    flags = _flags(folder, f"--load_in_{bits}bit", "--dtype", "float16", *lora)
+    weights = estimate("sft", flags).dry.run.steps[1].peak.roles
+    linear = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN // HEADS * KEYS + 3 * HIDDEN * INNER)
+    held = sum(size for role, size in weights.items() if role in ("weights/frozen", "weights/quant_state"))
+    exact = each * linear + 2 * (WEIGHTS - linear)
+    assert exact <= held <= 1.02 * exact + 512 * 80
+
+
 def test_a_config_file_is_read_and_its_environment_not_kept(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from . import cuda_attention
+from . import cuda_attention, cuda_bitsandbytes
 from .cuda_autocast import has_kernel, in_float32
 from .device import cublas_workspace_bytes
 from .pretended_cuda import on_cpu
@@ -192,6 +192,8 @@ class CudaKernels:
 
     def parts(self, func: Any) -> Callable[..., Any] | None:
         """What an operator is made of, if its parts are to be seen."""
+        if func.namespace == "bitsandbytes" and func._opname in cuda_bitsandbytes.OPERATORS:
+            return cuda_bitsandbytes.OPERATORS[func._opname]
         return parts(func, _ON_ALL)
 
     def prepare(self, func: Any, memory: FakeMemory) -> None:
@@ -236,12 +238,30 @@ def dropout(tensor: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     return NotImplemented
 
 
+class _RmsNorm(torch.autograd.Function):
+    """One kernel forward and one backward, with the inverse root of each row kept in float32 between them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, weight: torch.Tensor | None, dims: int) -> torch.Tensor:
+        rows = tensor.new_empty((*tensor.shape[: tensor.dim() - dims], *(1,) * dims), dtype=torch.float32)
+        ctx.save_for_backward(tensor, weight, rows)
+        return torch.empty_like(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tensor, weight, _ = ctx.saved_tensors
+        wanted = zip((tensor, weight), ctx.needs_input_grad, strict=False)
+        return *(torch.empty_like(of) if needed else None for of, needed in wanted), None
+
+
 def rms_norm(tensor: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    """One kernel: aten/src/ATen/native/cuda/layer_norm_kernel.cu."""
+    """One kernel: aten/src/ATen/native/cuda/layer_norm_kernel.cu; not where a weight has another dtype
+    (aten/src/ATen/native/layer_norm.cpp), nor in a PyTorch that has no such kernel yet."""
     if torch.is_autocast_enabled("cpu") and has_kernel("rms_norm", "AutocastCUDA"):
         tensor, weight = in_float32(tensor), in_float32(weight)
-    if weight is not None and weight.dtype is tensor.dtype:
-        return aten._fused_rms_norm(tensor, normalized_shape, weight, eps)[0]
+    if hasattr(aten, "_fused_rms_norm_backward") and (weight is None or weight.dtype is tensor.dtype):
+        apply: Any = _RmsNorm.apply
+        return apply(tensor, weight, len(normalized_shape))
     return NotImplemented
 
 
