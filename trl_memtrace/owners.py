@@ -162,7 +162,8 @@ class Owners:
                 module, _ = self._place.get(id(parameter), (ROOT_MODULE, ""))
                 for name, value in entries.items() if isinstance(entries, Mapping) else (("state", entries),):
                     number = self._number(Category.OPTIMIZER_STATES, str(name), module)
-                    for tensor in tensors_in(value, any_object=True):
+                    plain = type(value) is torch.Tensor
+                    for tensor in (value,) if plain else tensors_in(value, any_object=True):
                         yield from self._rows(time_ns, tensor, number)
         for group in getattr(self._optimizer, "param_groups", ()):
             number = self._number(Category.OPTIMIZER_STATES, "hyperparameters", ROOT_MODULE)
@@ -212,15 +213,15 @@ class Owners:
                 yield from self._rows(time_ns, tensor, number)
 
     def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> list[Found]:
-        plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
-        found: list[Found] = []
-        for part in (tensor,) if plain else dense_parts(tensor):
-            if part.device.type == self._device_type:
-                storage = part.untyped_storage()
-                size = storage.nbytes()
-                if size:
-                    found.append(((time_ns, self._address_of(storage), size, number), storage))
-        return found
+        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
+            parts = [part for part in dense_parts(tensor) if part is not tensor]
+            if parts:
+                return [found for part in parts for found in self._rows(time_ns, part, number)]
+        if tensor.device.type != self._device_type:
+            return []
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        return [((time_ns, self._address_of(storage), size, number), storage)] if size else []
 
     def _shared(self, time_ns: int) -> set[int]:
         """The addresses of what is communication although parameters or gradients are views of it just now."""
