@@ -213,13 +213,14 @@ class Owners:
                 yield from self._rows(time_ns, tensor, number)
 
     def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> list[Found]:
-        if type(tensor) not in _PLAIN_TENSORS or tensor.layout is not torch.strided:
-            parts = [part for part in dense_parts(tensor) if part is not tensor]
-            if parts:
-                return [found for part in parts for found in self._rows(time_ns, part, number)]
-        if tensor.device.type != self._device_type:
+        if type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided:
+            return self._row(time_ns, tensor, number)
+        return [found for part in dense_parts(tensor) for found in self._row(time_ns, part, number)]
+
+    def _row(self, time_ns: int, part: torch.Tensor, number: int) -> list[Found]:
+        if part.device.type != self._device_type:
             return []
-        storage = tensor.untyped_storage()
+        storage = part.untyped_storage()
         size = storage.nbytes()
         return [((time_ns, self._address_of(storage), size, number), storage)] if size else []
 
