@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,33 +96,95 @@ def test_values_that_are_known_stay_so() -> None:
         assert bool((known > 2).all())
 
 
-def test_what_is_made_of_numbers_is_known() -> None:
-    """A mask made of ones, as PEFT makes it for virtual tokens, beside one with a hole."""
+def test_a_mask_of_ones_is_known() -> None:
+    """As PEFT makes it for virtual tokens, beside one with a hole."""
     with dry_run(semantics="cpu") as dry:
         padded = dry.to_device(torch.tensor([[1, 1, 1], [1, 1, 0]]))
         assert not bool(torch.cat((torch.ones(2, 4), padded), dim=1).bool().all())
-        assert torch.full((2,), 3).sum().item() + torch.arange(1, 4).sum().item() == 12
-        turned = torch.nn.functional.one_hot(torch.arange(3), 4).sum(0)
-        assert [value.item() for value in turned] == [1, 1, 1, 0]
-        assert torch.zeros(1 << 23).any().item()  # too many to be known: a flag is set
+        assert torch.ones(2, dtype=torch.int64).sum().item() == 2
+        assert torch.ones(2, dtype=torch.int64).neg().min().item() == -1
+        assert torch.ones(1 << 23, dtype=torch.int64).sum().item() == 1  # too many to be known: a number is one
 
 
-def test_what_is_written_into_numbers_is_not_known() -> None:
+def _changed(values: torch.Tensor) -> bool:
+    """Whether a dry run knows no more that these are ones."""
+    return getattr(values, "constant", None) is None
+
+
+def test_what_is_written_to_is_not_known() -> None:
     with dry_run(semantics="cpu"):
-        made = torch.zeros(3)
-        assert not bool(made.any())
+        made, several = torch.ones(3), [torch.ones(3), torch.ones(3)]
+        assert not _changed(made)
         made.add_(torch.empty(3))
-        assert bool(made.any())
+        torch._foreach_add_(several, [torch.empty(3), torch.empty(3)])
+        assert all(map(_changed, [made, *several]))
 
 
-def test_values_go_with_the_data_that_had_them() -> None:
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_trained_is_not_known(optimizer: Any) -> None:
+    with dry_run():
+        weight = torch.nn.Parameter(torch.ones(3))
+        stepper = optimizer([weight], lr=0.1)
+        (weight * torch.empty(3)).sum().backward()
+        stepper.step()
+        assert _changed(weight)
+
+
+def test_steps_that_are_counted_stay_known() -> None:
+    with dry_run():
+        steps = [torch.tensor(0.0), torch.tensor(0.0)]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)
+        assert [step.item() for step in steps] == [2.0, 2.0]
+
+
+def test_a_gradient_that_is_added_to_is_not_known() -> None:
+    class Ones(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.shape = x.shape
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.ones(ctx.shape)
+
+    with dry_run():
+        given = torch.empty(3).requires_grad_()
+        between = given * 1.0
+        total: Any = (between * torch.empty(3)).sum() + Ones.apply(between)  # type: ignore[no-untyped-call]
+        total.backward()
+        assert given.grad is not None
+        assert _changed(given.grad)
+
+
+def test_new_data_is_not_known() -> None:
     with dry_run():
         linear = torch.nn.Linear(2, 2)
-        linear.bias = torch.nn.Parameter(torch.zeros(2))
+        linear.bias = torch.nn.Parameter(torch.ones(2))
         linear.bfloat16()
         assert torch.zeros_like(linear.bias).dtype is torch.bfloat16
-        linear.bias.data = torch.empty(2)
-        assert bool(linear.bias.any())
+        linear.bias.data = torch.ones(2)
+        assert _changed(linear.bias)
+
+
+def test_what_is_known_can_be_copied() -> None:
+    with dry_run():
+        for _ in range(3):
+            for made in (torch.ones(3), torch.nn.Parameter(torch.ones(3)), torch.tensor([0, 1]), torch.arange(4)):
+                copied = copy.deepcopy(made)
+                assert (copied.shape, copied.dtype) == (made.shape, made.dtype)
+
+
+def test_functions_take_their_first_argument_by_name() -> None:
+    function: Any = torch.nn.functional
+    with dry_run():
+        x = torch.empty(2, 2, 8, 4, dtype=torch.float16)
+        assert function.softmax(input=x, dim=-1, dtype=torch.float32).dtype is torch.float32
+        assert function.dropout(input=x, p=0.1).shape == x.shape
+        assert function.rms_norm(input=x, normalized_shape=(4,)).shape == x.shape
+        assert function.scaled_dot_product_attention(query=x, key=x, value=x).shape == x.shape
+        assert function.scaled_dot_product_attention(x, key=x, value=x).shape == x.shape
 
 
 def test_no_value_is_infinite_or_none_unless_it_is_known_to_be() -> None:

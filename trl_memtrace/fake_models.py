@@ -45,6 +45,7 @@ def fill(model: nn.Module, load_config: Any, inside: Inside, warm_up: Callable[[
         shape = linear.out_features, linear.in_features
         return torch.empty(shape, dtype=dtype if dtype.is_floating_point else torch.float16, device="cpu")
 
+    # Of tied tensors the last name by order is taken for the one that is in the file.
     firsts = list({id(place.tensor): place for place in reversed(places)}.values())[::-1]
     loaded: dict[int, torch.Tensor] = {}
     made: dict[int, torch.Tensor] = {}

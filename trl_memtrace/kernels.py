@@ -297,13 +297,21 @@ def functions(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Callable[
     yield functional, "scaled_dot_product_attention", functools.partial(attention, capability=capability)
 
 
+_FIRST = ("input", "query")
+"""What PyTorch calls the first argument of these functions."""
+
+
 def instead(original: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
     """``other`` for fake tensors, and ``original`` where it has no answer."""
 
     @functools.wraps(original)
-    def call_either(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        result = other(tensor, *args, **kwargs) if isinstance(tensor, FakeTensor) else NotImplemented
-        return original(tensor, *args, **kwargs) if result is NotImplemented else result
+    def call_either(*args: Any, **kwargs: Any) -> Any:
+        named = next((name for name in _FIRST if name in kwargs), None) if not args else None
+        given = args or ((kwargs[named],) if named else ())
+        if not given or not isinstance(given[0], FakeTensor):
+            return original(*args, **kwargs)
+        result = other(*given, **{name: value for name, value in kwargs.items() if name != named})
+        return original(*args, **kwargs) if result is NotImplemented else result
 
     return call_either
 
@@ -324,11 +332,22 @@ class DeviceFunctions(TorchFunctionMode):
         args, kwargs = on_cpu(args, kwargs or {})
         if func is torch.Tensor.cuda:
             func, args, kwargs = torch.Tensor.to, (args[0], "cpu"), {}
+        if func is torch.Tensor.__deepcopy__ and getattr(args[0], "constant", None) is not None:
+            return _copied_without_values(func, *args)
         if func == _SET_DATA and isinstance(args[0], FakeTensor):
-            args[0].constant = getattr(args[1], "constant", None)
+            args[0].constant = None
         if func is torch.Tensor.to and isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
             return args[0].clone() if self._watch.is_on_host(args[0]) else func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _copied_without_values(copy: Callable[..., Any], tensor: Any, *rest: Any) -> Any:
+    """PyTorch copies a fake tensor by cloning it, but takes one whose values are known for a real one."""
+    values, tensor.constant = tensor.constant, None
+    try:
+        return copy(tensor, *rest)
+    finally:
+        tensor.constant = values
 
 
 def _names_device(args: Any, kwargs: Any) -> bool:

@@ -16,6 +16,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .cuda_autocast import casting_as_cuda
+from .fake_calls import known
 from .fake_models import loading_fakes
 from .fake_offloading import offload_fakes
 from .fake_ranks import first_of
@@ -69,6 +70,19 @@ def _torch(put: Put, dry: DryRun) -> None:
         put(optimizer, "_foreach_supported_types", [*optimizer._foreach_supported_types, FakeTensor])
         for owner, name, other in functions(dry.capability):
             put(owner, name, instead(getattr(owner, name), other))
+    one_hot = nn.functional.one_hot
+
+    def one_hot_of_known(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
+        """It begins with zeros, which the fake mode does not take for known."""
+        values = getattr(tensor, "constant", None)
+        if values is None or values.numel() * num_classes > _KNOWN_VALUES:
+            return one_hot(tensor, num_classes)
+        with dry.outside():
+            made = known(dry.fake_mode, one_hot(values, num_classes))
+        dry.watch.see(made)
+        return made
+
+    put(nn.functional, "one_hot", one_hot_of_known)
     fetch = _BaseDataLoaderIter.__next__
 
     def fetch_on_host(self: Any) -> Any:

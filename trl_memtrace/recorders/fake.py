@@ -189,6 +189,7 @@ class StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].fake_device
         kwargs = kwargs or {}
         if func is _ADD and _adds_up_gradients(args):
+            args[0].constant = None
             return args[0]
         parts = self._kernels.parts(func)
         if parts is not None:
