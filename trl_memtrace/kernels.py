@@ -316,11 +316,8 @@ def instead(original: Callable[..., Any], other: Callable[..., Any]) -> Callable
     return call_either
 
 
-_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-
-
 class DeviceFunctions(TorchFunctionMode):
-    """What no operator tells: a batch comes to the device when it is sent there; new data has other values."""
+    """What depends on where a tensor is: a batch comes to the device when it is sent there."""
 
     def __init__(self, watch: StorageWatch) -> None:
         super().__init__()
@@ -332,22 +329,9 @@ class DeviceFunctions(TorchFunctionMode):
         args, kwargs = on_cpu(args, kwargs or {})
         if func is torch.Tensor.cuda:
             func, args, kwargs = torch.Tensor.to, (args[0], "cpu"), {}
-        if func is torch.Tensor.__deepcopy__ and getattr(args[0], "constant", None) is not None:
-            return _copied_without_values(func, *args)
-        if func == _SET_DATA and isinstance(args[0], FakeTensor):
-            args[0].constant = None
         if func is torch.Tensor.to and isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
             return args[0].clone() if self._watch.is_on_host(args[0]) else func(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _copied_without_values(copy: Callable[..., Any], tensor: Any, *rest: Any) -> Any:
-    """PyTorch copies a fake tensor by cloning it, but takes one whose values are known for a real one."""
-    values, tensor.constant = tensor.constant, None
-    try:
-        return copy(tensor, *rest)
-    finally:
-        tensor.constant = values
 
 
 def _names_device(args: Any, kwargs: Any) -> bool:
