@@ -194,20 +194,36 @@ def test_a_dry_run_is_what_was_measured_on_an_a100(number: int, monkeypatch: pyt
         assert figures[name][0] == pytest.approx(figures[name][1], rel=bound), name
 
 
+def _off(row: dict[str, str]) -> float:
+    """How far off what is reserved is, without its sign."""
+    import published
+
+    predicted, measured = published.peft(FIXTURES, row)["reserved_peak_GiB"]
+    return abs(predicted / measured - 1)
+
+
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the measurements are not here")
 def test_a_dry_run_is_what_was_measured_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama-3.2-3B in a plain loop: each method within 3% of what was reserved, half of them within 1%."""
+    """Llama-3.2-3B in a plain loop: each method within 3% of what was reserved, half of all within 1%."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import published
 
-    off = []
-    for row in published.rows(FIXTURES, "peft_metamathqa_measured.csv"):
-        if row["peft_type"] == "PROMPT_TUNING":
-            continue  # 5% too low: its mask is made of ones, which a dry run does not know; docs/dry-run.md
-        predicted, measured = published.peft(FIXTURES, row)["reserved_peak_GiB"]
-        off.append(abs(predicted / measured - 1))
-        assert off[-1] < 0.03, row["result"]
-    assert statistics.median(off) < 0.01
+    off = {row["result"]: _off(row) for row in published.rows(FIXTURES, "peft_metamathqa_measured.csv")}
+    assert statistics.median(off.values()) < 0.01
+    assert {result for result, size in off.items() if size >= 0.03} <= {PROMPT_TUNING}
+
+
+PROMPT_TUNING = "prompt_tuning--llama-3.2-3B-default"
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the measurements are not here")
+@pytest.mark.xfail(strict=True, reason="its mask is made of ones, which a dry run does not know; docs/dry-run.md")
+def test_a_dry_run_is_what_was_measured_of_prompt_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import published
+
+    rows = published.rows(FIXTURES, "peft_metamathqa_measured.csv")
+    assert _off(next(row for row in rows if row["result"] == PROMPT_TUNING)) < 0.03
 
 
 def test_weights_are_read_ahead_of_being_coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

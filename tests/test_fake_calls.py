@@ -93,3 +93,20 @@ def test_values_that_are_known_stay_so() -> None:
         assert not bool((known > 2).all())
         known.mul_(torch.empty(3))
         assert bool((known > 2).all())
+
+
+def test_a_gradient_that_another_is_added_to_is_not_known() -> None:
+    class Ones(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.tensor([1.0, 1.0, 1.0])
+
+    with dry_run():
+        given: Any = torch.empty(3).requires_grad_()
+        between = given * 1.0
+        ((between * torch.empty(3)).sum() + Ones.apply(between)).backward()  # type: ignore[no-untyped-call]
+        assert given.grad.constant is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import kernel_cases
 import pytest
@@ -63,6 +64,18 @@ def test_a_norm_in_one_kernel_keeps_its_input_and_a_root_for_each_row() -> None:
             assert given.grad is not None
             assert weight.grad is not None
             assert (given.grad.dtype, weight.grad.shape) == (dtype, weight.shape)
+
+
+def test_functions_take_their_first_argument_by_name() -> None:
+    function: Any = torch.nn.functional
+    with dry_run():
+        x = torch.empty(2, 2, 8, 4, dtype=torch.float16)
+        assert function.softmax(input=x, dim=-1, dtype=torch.float32).dtype is torch.float32
+        assert function.log_softmax(input=x, dim=-1, dtype=torch.float32).dtype is torch.float32
+        assert function.dropout(input=x, p=0.1).shape == x.shape
+        assert function.rms_norm(input=x, normalized_shape=(4,)).shape == x.shape
+        assert function.scaled_dot_product_attention(query=x, key=x, value=x).shape == x.shape
+        assert function.scaled_dot_product_attention(x, key=x, value=x).shape == x.shape
 
 
 def test_a_norm_whose_weight_has_another_dtype_is_done_in_parts() -> None:

@@ -225,11 +225,6 @@ def known(fake_mode: Any, values: torch.Tensor) -> FakeTensor:
     return cast(FakeTensor, made)
 
 
-def _is_plain(made: Any) -> bool:
-    """Whether nothing is to be known of a tensor but its layout and type."""
-    return type(made) is FakeTensor and made.constant is None and not made.is_complex() and made.fake_device == _CPU
-
-
 def _stand_in(func: Any, args: Any, kwargs: Any) -> Any:
     """An answer to a question about values: a flag is set, a number is one, a mask lets all through.
 

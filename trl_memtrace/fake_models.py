@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -46,12 +47,13 @@ def fill(model: nn.Module, load_config: Any, inside: Inside, warm_up: Callable[[
         return torch.empty(shape, dtype=dtype if dtype.is_floating_point else torch.float16, device="cpu")
 
     # Of tied tensors the last name by order is taken for the one that is in the file.
-    firsts = list({id(place.tensor): place for place in reversed(places)}.values())[::-1]
+    distinct = list({id(place.tensor): place for place in reversed(places)}.values())[::-1]
+    unread = iter(distinct)
     loaded: dict[int, torch.Tensor] = {}
     made: dict[int, torch.Tensor] = {}
     with inside():
-        for number, place in enumerate(firsts):
-            for ahead in firsts[len(loaded) + number : number + 1 + _READ_AHEAD]:
+        for place in distinct:
+            for ahead in islice(unread, 1 + _READ_AHEAD - len(loaded)):
                 loaded[id(ahead.tensor)] = load(ahead)
             key = id(place.tensor)
             code = quantized.get(key)

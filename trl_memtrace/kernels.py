@@ -42,16 +42,18 @@ def _bitsandbytes(path: str) -> Callable[..., Any] | None:
     return getattr(backend, path.split(".")[1], None)
 
 
-def parts(func: Any, functions: Mapping[str, str]) -> Callable[..., Any] | None:
+def parts(func: Any, functions: Mapping[str, str | Callable[..., Any]]) -> Callable[..., Any] | None:
     """What an operator of bitsandbytes is made of, if it is a function of operators that are seen one by one."""
-    path = functions.get(func._opname) if func.namespace == "bitsandbytes" else None
-    return _bitsandbytes(path) if path else None
+    found = functions.get(func._opname) if func.namespace == "bitsandbytes" else None
+    return _bitsandbytes(found) if isinstance(found, str) else found
 
 
-_ON_ALL = {"gemm_4bit": "default._gemm_4bit_default_impl"}
+_ON_ALL: Mapping[str, str] = {"gemm_4bit": "default._gemm_4bit_default_impl"}
 """4-bit weights are dequantized and multiplied; CUDA has a kernel of its own for the few rows of generating."""
 
 _ON_CPU = {**_ON_ALL, "optimizer_update_8bit_blockwise": "cpu._optimizer_update_8bit_blockwise_cpu"}
+
+_ON_CUDA: Mapping[str, str | Callable[..., Any]] = {**_ON_ALL, **cuda_bitsandbytes.OPERATORS}
 
 
 class CpuKernels:
@@ -192,9 +194,7 @@ class CudaKernels:
 
     def parts(self, func: Any) -> Callable[..., Any] | None:
         """What an operator is made of, if its parts are to be seen."""
-        if func.namespace == "bitsandbytes" and func._opname in cuda_bitsandbytes.OPERATORS:
-            return cuda_bitsandbytes.OPERATORS[func._opname]
-        return parts(func, _ON_ALL)
+        return parts(func, _ON_CUDA)
 
     def prepare(self, func: Any, memory: FakeMemory) -> None:
         """cuBLAS takes its workspace when it is first used on a thread: that of the forward, that of the backward."""
@@ -212,29 +212,29 @@ class CudaKernels:
 
 # --- functions that CUDA carries out by other operators --------------------------------------------------------------
 #
-# Each is given the arguments of PyTorch's function and either answers or says NotImplemented, and then that function
-# is called. They stand in PyTorch's place instead of in a mode, since the engine does not take modes for functions
-# along into what checkpoints run again.
+# Each takes the arguments of PyTorch's function, by PyTorch's names, and either answers or says NotImplemented, and
+# then that function is called. They stand in PyTorch's place instead of in a mode, since the engine does not take
+# modes for functions along into what checkpoints run again.
 
 
-def softmax(tensor: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **rest: Any) -> Any:
+def softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **rest: Any) -> Any:
     """Half in, float out, without a copy in float: aten/src/ATen/native/SoftMax.cpp."""
-    if dtype is torch.float32 and tensor.dtype is torch.float16 and dim is not None:
-        return aten._softmax(tensor, dim, True)
+    if dtype is torch.float32 and input.dtype is torch.float16 and dim is not None:
+        return aten._softmax(input, dim, True)
     return NotImplemented
 
 
-def log_softmax(tensor: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **rest: Any) -> Any:
+def log_softmax(input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **rest: Any) -> Any:
     """As ``softmax``."""
-    if dtype is torch.float32 and tensor.dtype is torch.float16 and dim is not None:
-        return aten._log_softmax(tensor, dim, True)
+    if dtype is torch.float32 and input.dtype is torch.float16 and dim is not None:
+        return aten._log_softmax(input, dim, True)
     return NotImplemented
 
 
-def dropout(tensor: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """One kernel, and a mask of a byte an element: aten/src/ATen/native/Dropout.cpp, is_fused_kernel_acceptable."""
-    if training and 0 < p < 1 and not inplace and tensor.numel():
-        return aten.native_dropout(tensor, p, True)[0]
+    if training and 0 < p < 1 and not inplace and input.numel():
+        return aten.native_dropout(input, p, True)[0]
     return NotImplemented
 
 
@@ -254,14 +254,14 @@ class _RmsNorm(torch.autograd.Function):
         return *(torch.empty_like(of) if needed else None for of, needed in wanted), None
 
 
-def rms_norm(tensor: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
     """One kernel: aten/src/ATen/native/cuda/layer_norm_kernel.cu; not where a weight has another dtype
     (aten/src/ATen/native/layer_norm.cpp), nor in a PyTorch that has no such kernel yet."""
     if torch.is_autocast_enabled("cpu") and has_kernel("rms_norm", "AutocastCUDA"):
-        tensor, weight = in_float32(tensor), in_float32(weight)
-    if hasattr(aten, "_fused_rms_norm_backward") and (weight is None or weight.dtype is tensor.dtype):
+        input, weight = in_float32(input), in_float32(weight)
+    if hasattr(aten, "_fused_rms_norm_backward") and (weight is None or weight.dtype is input.dtype):
         apply: Any = _RmsNorm.apply
-        return apply(tensor, weight, len(normalized_shape))
+        return apply(input, weight, len(normalized_shape))
     return NotImplemented
 
 
@@ -297,20 +297,13 @@ def functions(capability: tuple[int, int]) -> Iterator[tuple[Any, str, Callable[
     yield functional, "scaled_dot_product_attention", functools.partial(attention, capability=capability)
 
 
-_FIRST = ("input", "query")
-"""What PyTorch calls the first argument of these functions."""
-
-
 def instead(original: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., Any]:
     """``other`` for fake tensors, and ``original`` where it has no answer."""
 
     @functools.wraps(original)
     def call_either(*args: Any, **kwargs: Any) -> Any:
-        named = next((name for name in _FIRST if name in kwargs), None) if not args else None
-        given = args or ((kwargs[named],) if named else ())
-        if not given or not isinstance(given[0], FakeTensor):
-            return original(*args, **kwargs)
-        result = other(*given, **{name: value for name, value in kwargs.items() if name != named})
+        fake = any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values()))
+        result = other(*args, **kwargs) if fake else NotImplemented
         return original(*args, **kwargs) if result is NotImplemented else result
 
     return call_either
