@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -95,18 +96,99 @@ def test_values_that_are_known_stay_so() -> None:
         assert bool((known > 2).all())
 
 
-def test_a_gradient_that_another_is_added_to_is_not_known() -> None:
+def test_a_mask_of_ones_is_known() -> None:
+    """As PEFT makes it for virtual tokens, beside one with a hole."""
+    with dry_run(semantics="cpu") as dry:
+        padded = dry.to_device(torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        assert not bool(torch.cat((torch.ones(2, 4), padded), dim=1).bool().all())
+        assert torch.ones(2, dtype=torch.int64).sum().item() == 2
+        assert torch.ones(2, dtype=torch.int64).neg().min().item() == -1
+        assert torch.ones(1 << 23, dtype=torch.int64).sum().item() == 1  # too many to be known: a number is one
+
+
+def _changed(values: torch.Tensor) -> bool:
+    """Whether a dry run knows no more that these are ones."""
+    return getattr(values, "constant", None) is None
+
+
+def test_what_is_written_to_is_not_known() -> None:
+    with dry_run(semantics="cpu"):
+        made, several = torch.ones(3), [torch.ones(3), torch.ones(3)]
+        assert not _changed(made)
+        made.add_(torch.empty(3))
+        torch._foreach_add_(several, [torch.empty(3), torch.empty(3)])
+        assert all(map(_changed, [made, *several]))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_what_is_trained_is_not_known(optimizer: Any) -> None:
+    with dry_run():
+        weight = torch.nn.Parameter(torch.ones(3))
+        stepper = optimizer([weight], lr=0.1)
+        (weight * torch.empty(3)).sum().backward()
+        stepper.step()
+        assert _changed(weight)
+
+
+def test_steps_that_are_counted_stay_known() -> None:
+    with dry_run():
+        steps = [torch.tensor(0.0), torch.tensor(0.0)]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_add_(steps, 1)
+        assert [step.item() for step in steps] == [2.0, 2.0]
+
+
+def test_a_gradient_that_is_added_to_is_not_known() -> None:
     class Ones(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.shape = x.shape
             return x.sum()
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            return torch.tensor([1.0, 1.0, 1.0])
+            return torch.ones(ctx.shape)
 
     with dry_run():
-        given: Any = torch.empty(3).requires_grad_()
+        given = torch.empty(3).requires_grad_()
         between = given * 1.0
-        ((between * torch.empty(3)).sum() + Ones.apply(between)).backward()  # type: ignore[no-untyped-call]
-        assert given.grad.constant is None
+        total: Any = (between * torch.empty(3)).sum() + Ones.apply(between)  # type: ignore[no-untyped-call]
+        total.backward()
+        assert given.grad is not None
+        assert _changed(given.grad)
+
+
+def test_new_data_is_not_known() -> None:
+    with dry_run():
+        linear = torch.nn.Linear(2, 2)
+        linear.bias = torch.nn.Parameter(torch.ones(2))
+        linear.bfloat16()
+        assert torch.zeros_like(linear.bias).dtype is torch.bfloat16
+        linear.bias.data = torch.ones(2)
+        assert _changed(linear.bias)
+
+
+def test_what_is_known_can_be_copied() -> None:
+    with dry_run():
+        for made in (torch.ones(3), torch.nn.Parameter(torch.ones(3)), torch.tensor([0, 1]), torch.arange(4)):
+            copied = copy.deepcopy(made)
+            assert (copied.shape, copied.dtype, type(copied)) == (made.shape, made.dtype, type(made))
+            assert copied.requires_grad is made.requires_grad
+            assert isinstance(made, torch.nn.Parameter) is isinstance(copied, torch.nn.Parameter)
+
+
+def test_a_copy_shares_the_mode_that_it_is_made_in() -> None:
+    """PyTorch would copy that too, with weak references to storages, of which each is then freed twice."""
+    with dry_run() as dry:
+        linear = torch.nn.Linear(2, 2)
+        assert getattr(copy.deepcopy(linear).weight, "fake_mode", None) is dry.fake_mode
+
+
+def test_no_value_is_infinite_or_none_unless_it_is_known_to_be() -> None:
+    with dry_run(semantics="cpu") as dry:
+        for _ in range(2):
+            unknown = torch.empty(3)
+            assert not bool(unknown.isinf().any() | unknown.isnan().any())
+            assert bool(unknown.isfinite().all())
+        known = dry.to_device(torch.tensor([1.0, float("inf"), float("nan")]))
+        assert known.isinf().sum().item() == known.isnan().sum().item() == 1

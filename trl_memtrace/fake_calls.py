@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -47,7 +48,7 @@ class Calls:
                 return func(*args, **kwargs)
             if known is not None:
                 return self._make(known, args)
-            result = _without_false_values(_carry_out(fake_mode, func, types, args, kwargs), args)
+            result = _carry_out(fake_mode, func, types, args, kwargs)
             # Where an argument has another shape than before, that is what the operator is for.
             if key is not None and key == self._key(func, args, kwargs):
                 self._known[key] = _description(result, args, kwargs)
@@ -180,13 +181,48 @@ def _description(result: Any, args: Any, kwargs: Any) -> Any:
 
 def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """What the fake mode makes of an operator, and what it cannot."""
+    if func in _TOLD_BEFOREHAND:
+        return _with_values(fake_mode, func, types, args, kwargs)
+    if func._schema.is_mutable:
+        _forget_written_lists(fake_mode, func, args)
     if func is aten._grouped_mm.default:
         with fake_mode:
             return _grouped_mm(*args, **kwargs)
-    result = fake_mode.dispatch(func, types, args, kwargs)
+    result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
+    if func in _WITHOUT_VALUES and isinstance(result, FakeTensor):
+        result.constant = None
     if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
         return result[0], _taking_turns(fake_mode, result[1], args)
     return result
+
+
+_TOLD_BEFOREHAND = {aten.ones.default: torch.ones, aten.isinf.default: torch.zeros, aten.isnan.default: torch.zeros}
+"""Masks are made of ones; what is infinite or no number is taken not to be there. The fake mode takes neither for
+known. Zeros are left out: they are where sums begin."""
+
+_WITHOUT_VALUES = {aten.new_empty.default, aten.empty_like.default, aten.new_empty_strided.default}
+"""The fake mode takes for known what they find in memory, where it knows their argument."""
+
+
+def _with_values(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What comes of an operator whose result can be told beforehand, with its values where they are few enough."""
+    made = fake_mode.dispatch(func, types, args, kwargs)
+    if made.constant is None and made.fake_device == _CPU and made.numel() <= fake_tensor.CONSTANT_NUMEL_LIMIT:
+        return known(fake_mode, _TOLD_BEFOREHAND[func](made.shape, dtype=made.dtype))
+    return made
+
+
+def _forget_written_lists(fake_mode: Any, func: Any, args: Any) -> None:
+    """Values that were known are no longer so where they are written to by what is not; the fake mode looks at
+    tensors, and not into lists of them."""
+    if all(value.constant is not None for value in tree_leaves(args) if isinstance(value, FakeTensor)):
+        return
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if isinstance(value, (list, tuple)) and argument.alias_info is not None and argument.alias_info.is_write:
+            for tensor in value:
+                if isinstance(tensor, FakeTensor) and tensor.constant is not None:
+                    fake_mode.fake_tensor_converter.invalidate_constant_aliases(tensor.constant)
+                    tensor.constant = None
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:

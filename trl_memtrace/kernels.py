@@ -309,8 +309,11 @@ def instead(original: Callable[..., Any], other: Callable[..., Any]) -> Callable
     return call_either
 
 
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 class DeviceFunctions(TorchFunctionMode):
-    """What depends on where a tensor is: a batch comes to the device when it is sent there."""
+    """What no operator tells: a batch comes to the device when it is sent there; new data has other values."""
 
     def __init__(self, watch: StorageWatch) -> None:
         super().__init__()
@@ -322,6 +325,8 @@ class DeviceFunctions(TorchFunctionMode):
         args, kwargs = on_cpu(args, kwargs or {})
         if func is torch.Tensor.cuda:
             func, args, kwargs = torch.Tensor.to, (args[0], "cpu"), {}
+        if func == _SET_DATA and isinstance(args[0], FakeTensor):
+            args[0].constant = None
         if func is torch.Tensor.to and isinstance(args[0], FakeTensor) and _names_device(args[1:], kwargs):
             return args[0].clone() if self._watch.is_on_host(args[0]) else func(*args, **kwargs)
         return func(*args, **kwargs)

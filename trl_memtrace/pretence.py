@@ -64,6 +64,7 @@ def _torch(put: Put, dry: DryRun) -> None:
 
     put(nn.Module, "_apply", _apply)
     put(fake_tensor, "CONSTANT_NUMEL_LIMIT", _KNOWN_VALUES)
+    put(FakeTensor, "__deepcopy__", _copy)
     if dry.is_cuda:
         for module in (sys.modules["torch.utils._foreach_utils"], optimizer):
             put(module, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "cpu"])
@@ -113,6 +114,17 @@ def _apply(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> n
             if buffer is not None:
                 self._buffers[name] = fn(buffer)
     return self
+
+
+def _copy(self: FakeTensor, memo: dict[int, Any]) -> Any:
+    """``Tensor.__deepcopy__``. It would copy the fake mode as well, and with it weak references to storages, of which
+    each is then freed twice; and it takes a fake tensor whose values are known for a real one."""
+    memo[id(self.fake_mode)] = self.fake_mode
+    values, self.constant = self.constant, None
+    try:
+        return torch.Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]
+    finally:
+        self.constant = values
 
 
 def on_host(batch: Any, dry: DryRun) -> Any:
