@@ -1,6 +1,8 @@
 """What watching costs: step times with MemTrace against none, torch.profiler with memory, and PyTorch's MemTracker.
 
-All contenders take turns in one process, a step each, so that a machine that speeds up or slows down meets them alike.
+All contenders take turns in one process, a step each in an order drawn anew each round, so that a machine that speeds
+up or slows down meets them alike. They train one model: where a model lies in memory, and who frees memory before a
+step, are worth a percent of it.
 Printed are the medians of the steps and their ratios to the plain ones; the median and the quartiles of the ratios of
 steps of the same round, which say most on a machine that is not quiet; and the ratio of the means, which for MemTrace
 by default is over all its steps, traced and counted. MemoryTracer is measured, which hands over each record as its
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -104,14 +107,16 @@ CONTENDERS: dict[str, Callable[[Training], Callable[[], None]]] = {
 def measure(shape: dict[str, int], steps: int) -> dict[str, dict[str, float]]:
     """For each contender the milliseconds of the median step, and the ratios to the plain one: of medians, of means,
     and of the steps of one round (their median and quartiles)."""
-    runs = {name: make(Training(**shape)) for name, make in CONTENDERS.items()}
+    training = Training(**shape)
+    runs = {name: make(training) for name, make in CONTENDERS.items()}
     for step in runs.values():
         for _ in range(WARM_UP):
             step()
     times: dict[str, dict[int, float]] = {name: {} for name in runs}  # by round
     names = list(runs)
+    draw = random.Random(0)
     for number in range(steps):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in draw.sample(names, len(names)):
             if name in SLOW and number % SLOW_EVERY:
                 continue
             began = time.perf_counter()

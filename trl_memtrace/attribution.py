@@ -162,14 +162,11 @@ class Books:
         )
 
 
-class _Names:
+class _Names(dict[str, int]):
     """Names numbered in the order of their first use."""
 
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def __getitem__(self, name: str) -> int:
-        return self.numbers.setdefault(name, len(self.numbers))
+    def __missing__(self, name: str) -> int:
+        return self.setdefault(name, len(self))
 
 
 def phases_of(timeline: Timeline) -> list[Phase]:
@@ -261,7 +258,7 @@ def attribute(ledger: Ledger, claims: Claims, timeline: Timeline, *, cut_short: 
     _apply_transfers(ledger, timeline, category, role_code, roles)
 
     _apply_claims(ledger, claims, category, role_code, module, roles, modules)
-    return Books(ledger, spans, category, role_code, module, tuple(roles.numbers), tuple(modules.numbers))
+    return Books(ledger, spans, category, role_code, module, tuple(roles), tuple(modules))
 
 
 def _births(ledger: Ledger, spans: Sequence[Span], timeline: Timeline) -> tuple[Int64Array, Int64Array, Int64Array]:

@@ -21,6 +21,7 @@ class Category(str, enum.Enum):
     UNATTRIBUTED = "unattributed"
 
     __str__ = str.__str__
+    __hash__ = str.__hash__
 
 
 class Phase(str, enum.Enum):
@@ -37,6 +38,7 @@ class Phase(str, enum.Enum):
     IDLE = "idle"
 
     __str__ = str.__str__
+    __hash__ = str.__hash__
 
 
 CATEGORIES: tuple[Category, ...] = tuple(Category)
@@ -53,4 +55,4 @@ BUCKETS = "buckets"
 
 def role(category: Category, detail: str) -> str:
     """A refinement of a category, as it stands in a record: ``weights/frozen``."""
-    return f"{category.value}{ROLE_SEPARATOR}{detail}"
+    return category + ROLE_SEPARATOR + detail

@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from .attribution import Books
 from .categories import CATEGORIES, CATEGORY_CODE, Category
+from .ledger import BoolArray
 from .records import Growth
 
 FOLLOWED_STEPS = 8
@@ -205,16 +205,14 @@ def merged(tables: Iterable[Table]) -> dict[tuple[str, str], int]:
     return total
 
 
-_PASSING = (Category.INPUTS,)
+_PASSING = Category.INPUTS
 """What is larger where the batch is longer, and no growth."""
 
 
 def rise_of(books: Books) -> dict[tuple[str, str], int]:
     """By how much more a recording ends with than it began with, by module and category; batches are left out."""
-    end = _table(books, books.ledger.alive(len(books.ledger.level) - 1))
-    begin = _table(books, books.ledger.alive(0))
-    changes = {key: end.get(key, 0) - begin.get(key, 0) for key in {**end, **begin}}
-    return {key: change for key, change in changes.items() if change}
+    at_end, at_begin = books.ledger.alive(len(books.ledger.level) - 1), books.ledger.alive(0)
+    return _table(books, at_end, at_begin)
 
 
 def follow(books: Books, ends: Sequence[int]) -> tuple[list[dict[tuple[str, str], int]], list[int]]:
@@ -238,10 +236,13 @@ def follow(books: Books, ends: Sequence[int]) -> tuple[list[dict[tuple[str, str]
     return survivors, levels
 
 
-def _table(books: Books, blocks: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[tuple[str, str], int]:
-    kept = blocks & ~np.isin(books.category, [CATEGORY_CODE[category] for category in _PASSING])
+def _table(books: Books, blocks: BoolArray, without: BoolArray | None = None) -> dict[tuple[str, str], int]:
+    """Bytes of some blocks by module and category, less those of some others."""
+    signs = blocks.astype(np.int64) if without is None else blocks.astype(np.int64) - without
+    signs[books.category == CATEGORY_CODE[_PASSING]] = 0
+    kept = np.flatnonzero(signs)
     codes = books.module[kept] * len(CATEGORIES) + books.category[kept]
-    totals = np.bincount(codes, books.ledger.size[kept], minlength=1)
+    totals = np.bincount(codes, signs[kept] * books.ledger.size[kept], minlength=1)
     table = {}
     for code in np.flatnonzero(totals):
         module, category = divmod(int(code), len(CATEGORIES))

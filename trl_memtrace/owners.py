@@ -4,6 +4,7 @@ batch."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,6 +73,12 @@ def tensors_in(value: Any, depth: int = _MAX_DEPTH, *, any_object: bool = False)
     elif any_object or dataclasses.is_dataclass(value) or type(value).__module__.partition(".")[0] == "bitsandbytes":
         for item in vars(value).values() if hasattr(value, "__dict__") else ():
             yield from tensors_in(item, depth - 1, any_object=any_object)
+
+
+@functools.cache
+def _type_of(device: torch.device) -> str:
+    """``device.type``, for which PyTorch makes a new string each time."""
+    return device.type
 
 
 def inner_optimizer(optimizer: Any) -> Any:
@@ -213,16 +220,14 @@ class Owners:
                 yield from self._rows(time_ns, tensor, number)
 
     def _rows(self, time_ns: int, tensor: torch.Tensor, number: int) -> list[Found]:
-        if type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided:
-            return self._row(time_ns, tensor, number)
-        return [found for part in dense_parts(tensor) for found in self._row(time_ns, part, number)]
-
-    def _row(self, time_ns: int, part: torch.Tensor, number: int) -> list[Found]:
-        if part.device.type != self._device_type:
-            return []
-        storage = part.untyped_storage()
-        size = storage.nbytes()
-        return [((time_ns, self._address_of(storage), size, number), storage)] if size else []
+        is_plain = type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
+        found = []
+        for part in (tensor,) if is_plain else dense_parts(tensor):
+            if _type_of(part.device) == self._device_type:
+                storage = part.untyped_storage()
+                if size := storage.nbytes():
+                    found.append(((time_ns, self._address_of(storage), size, number), storage))
+        return found
 
     def _shared(self, time_ns: int) -> set[int]:
         """The addresses of what is communication although parameters or gradients are views of it just now."""
@@ -278,8 +283,9 @@ class Owners:
                         self._add_extras(name, "quant_state", vars(parameter))
             self._add_extras(name, "buffer", module._buffers)
             own = {key: value for key, value in vars(module).items() if key not in _MODULE_ATTRIBUTES}
-            quantized = type(module).__module__.startswith("bitsandbytes")
-            self._add_extras(name, "quant_state" if quantized else "buffer", own)
+            if own:
+                quantized = type(module).__module__.startswith("bitsandbytes")
+                self._add_extras(name, "quant_state" if quantized else "buffer", own)
 
     def _keep(self, name: str, other: nn.Module) -> None:
         """A model that is only used: whatever it holds that the trained one does not is its own."""

@@ -55,6 +55,8 @@ class Held:
 
 def module_name(name: str) -> str:
     """A module's name without those of the wrappers that FSDP1 and activation checkpointing put around modules."""
+    if not any(part in name for part in _WRAPPER_PARTS):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
