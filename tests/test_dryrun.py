@@ -72,22 +72,25 @@ def _preferences(rows: int = 24) -> Any:
     return Dataset.from_dict({"prompt": [prompt] * rows, "chosen": [good] * rows, "rejected": [bad] * rows})
 
 
+def _common(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+
+
 def _other(kind: str, **settings: Any) -> Make:
     def make(folder: Path) -> Any:
         import trl
 
-        common = {
-            "output_dir": str(folder),
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "report_to": [],
-            "use_cpu": True,
-            "bf16": False,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            **settings,
-        }
+        common = {**_common(folder), **settings}
         if kind == "dpo":
             arguments: Any = trl.DPOConfig(**common)
             model: Any = _folder(folder.with_name("base"))  # it loads its reference model from there too
@@ -99,6 +102,27 @@ def _other(kind: str, **settings: Any) -> Make:
             arguments, model = trl.RewardConfig(**common), AutoModelForSequenceClassification.from_config(config)
         trainer = trl.DPOTrainer if kind == "dpo" else trl.RewardTrainer
         return trainer(model=model, args=arguments, train_dataset=_preferences(), processing_class=tiny.tokenizer())
+
+    return make
+
+
+def _online(kind: str) -> Make:
+    """LoRA on what the model itself has written."""
+
+    def make(folder: Path) -> Any:
+        import trl
+        from datasets import Dataset
+
+        arguments: Any = getattr(trl, f"{kind}Config")
+        trainer: Any = getattr(trl, f"{kind}Trainer")
+        return trainer(
+            model=_folder(folder.with_name("base")),
+            args=arguments(**_common(folder), num_generations=2, max_completion_length=24),
+            reward_funcs=[lambda completions, **_: [float(len(completion) % 7) for completion in completions]],
+            train_dataset=Dataset.from_dict({"prompt": tiny.SENTENCES * 4}),
+            processing_class=tiny.tokenizer(),
+            peft_config=tiny.lora(),
+        )
 
     return make
 
@@ -132,6 +156,9 @@ CONFIGURATIONS: dict[str, Make] = {
     "LoRA on 8 bit, fused": _qlora(8, optimizer="adamw_torch_fused"),
     "DPO, full, fused": _other("dpo"),
     "DPO, checkpoints, accumulation": _other("dpo", gradient_checkpointing=True, gradient_accumulation_steps=2),
+    "DPO, reference computed beforehand": _other("dpo", precompute_ref_log_probs=True),
+    "GRPO, LoRA": _online("GRPO"),
+    "RLOO, LoRA": _online("RLOO"),
     "reward, full, fused": _other("reward"),
     "reward, checkpoints, accumulation": _other("reward", gradient_checkpointing=True, gradient_accumulation_steps=2),
     "tied embeddings, full, fused": _sft("qwen", optimizer="adamw_torch_fused"),

@@ -92,6 +92,7 @@ def test_ten_thousand_steps_leave_nothing_and_hold_no_more(tmp_path):
     assert len(later) == 2
     assert first > 0
     assert max(later) <= first + 16_384
+    assert max(measures.held) < 100_000_000
     assert hooks(model) == 0
     assert set(threading.enumerate()) == threads
     assert not [name for name in open_files() if str(tmp_path) in name]

@@ -117,7 +117,25 @@ def test_what_is_written_to_is_not_known() -> None:
         assert not _changed(made)
         made.add_(torch.empty(3))
         torch._foreach_add_(several, [torch.empty(3), torch.empty(3)])
-        assert all(map(_changed, [made, *several]))
+        parts = [torch.ones(2), torch.ones(2)]
+        torch.split_copy(torch.empty(4), 2, out=parts)
+        assert all(map(_changed, [made, *several, *parts]))
+
+
+def test_what_is_overwritten_by_real_values_is_not_known() -> None:
+    real = torch.full((3,), 7.0)
+    with dry_run(semantics="cpu"):
+        several = [torch.ones(3)]
+        torch._foreach_copy_(several, [real])
+        assert _changed(several[0])
+
+
+def test_a_batch_that_is_written_to_is_not_known() -> None:
+    with dry_run() as dry:
+        batch: Any = dry.to_device(torch.tensor([[1, 1, 0]]))
+        assert batch.sum().item() == 2
+        batch[:, 1:].copy_(torch.empty(1, 2))
+        assert _changed(batch)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
@@ -177,11 +195,29 @@ def test_what_is_known_can_be_copied() -> None:
             assert isinstance(made, torch.nn.Parameter) is isinstance(copied, torch.nn.Parameter)
 
 
+def test_a_fake_tensor_is_an_array_of_what_is_known_or_of_ones() -> None:
+    with dry_run():
+        assert torch.tensor([2, 3]).numpy().tolist() == [2, 3]
+        assert torch.empty(2, dtype=torch.float16).numpy().tolist() == [1.0, 1.0]
+
+
+def test_no_gradient_overflows() -> None:
+    """As ``GradScaler`` asks in a loop of one's own."""
+    with dry_run(semantics="cpu"):
+        weight = torch.nn.Parameter(torch.empty(3))
+        optimizer = torch.optim.AdamW([weight])
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        assert len(optimizer.state) == 1
+
+
 def test_a_copy_shares_the_mode_that_it_is_made_in() -> None:
     """PyTorch would copy that too, with weak references to storages, of which each is then freed twice."""
     with dry_run() as dry:
         linear = torch.nn.Linear(2, 2)
         assert getattr(copy.deepcopy(linear).weight, "fake_mode", None) is dry.fake_mode
+    assert getattr(copy.deepcopy(linear).weight, "fake_mode", None) is dry.fake_mode
 
 
 def test_no_value_is_infinite_or_none_unless_it_is_known_to_be() -> None:

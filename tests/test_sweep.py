@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -216,15 +217,21 @@ def test_a_worker_that_dies_costs_its_trial(monkeypatch, code, error):
         assert {future.result().error for future in ended} == {error}
 
 
-def test_leaving_ends_the_workers(monkeypatch):
-    monkeypatch.setattr(trials._Worker, "COMMAND", (sys.executable, "-c", "import time; time.sleep(600)"))
+def test_leaving_ends_the_workers(monkeypatch, tmp_path):
+    """And leaves nothing of what they have written for a while."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import tempfile, time; tempfile.mkdtemp(); time.sleep(600)"
+    monkeypatch.setattr(trials._Worker, "COMMAND", (sys.executable, "-c", code))
     with pytest.raises(KeyboardInterrupt), TrialPool(1) as pool:
         future = pool.submit(Trial("sft", ()))
         while not pool._working:
             pass
         (worker,) = pool._working
+        while not any(tmp_path.glob("memtrace-*/*")):
+            time.sleep(0.01)
         raise KeyboardInterrupt
     assert worker.has_ended
+    assert not any(tmp_path.iterdir())
     assert future.result(timeout=5).error is not None
 
 

@@ -78,7 +78,7 @@ class DryRun:
         else:
             self.memory = FakeMemory(None)
             self._kernels = CpuKernels()
-        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake_mode = _FakeMode(allow_non_fake_inputs=True)
         self.watch = StorageWatch(self.memory, self._kernels, Calls(self.fake_mode))
         self.functions = DeviceFunctions(self.watch)
 
@@ -199,6 +199,14 @@ class DryRun:
         if tracer.peak_books is not None:
             tracer.peak_books.save(peak_books_path(path))
         return path
+
+
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """It is shared by the copies of what was made in it. PyTorch copies it with every fake tensor, and with it weak
+    references to storages, of which each is then freed twice."""
+
+    def __deepcopy__(self, memo: Any) -> _FakeMode:
+        return self
 
 
 @contextmanager

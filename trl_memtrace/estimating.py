@@ -132,10 +132,6 @@ def estimate(
     check(kind, lengths)
     with ExitStack() as stack:
         made = Estimate(stack.enter_context(dry_run(device, steps=steps, ranks=ranks)))
-        if kind in _ONLINE:
-            from .rollout import short_generation
-
-            stack.enter_context(short_generation(made.dry))
         run_command(kind, flags, made.dry, lengths, made)
     return made
 
@@ -331,7 +327,7 @@ def _data(
 
 def _rows_needed(kind: str, training: Any, steps: int) -> int:
     """How many examples the steps take, at least."""
-    return int(steps * training.per_device_train_batch_size * max(training.gradient_accumulation_steps, 1))
+    return max(int(steps * training.per_device_train_batch_size * max(training.gradient_accumulation_steps, 1)), 1)
 
 
 def _assumed_length(kind: str, training: Any, source: Source, assumed: list[str]) -> int:

@@ -184,19 +184,21 @@ def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) ->
     if func in _TOLD_BEFOREHAND:
         return _with_values(fake_mode, func, types, args, kwargs)
     if func._schema.is_mutable:
-        _forget_written_lists(fake_mode, func, args)
+        _forget_written_lists(fake_mode, func, args, kwargs)
     if func is aten._grouped_mm.default:
         with fake_mode:
             return _grouped_mm(*args, **kwargs)
     result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
     if func in _WITHOUT_VALUES and isinstance(result, FakeTensor):
         result.constant = None
+    if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+        args[1].constant = torch.zeros(args[1].shape, dtype=args[1].dtype)
     if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
         return result[0], _taking_turns(fake_mode, result[1], args)
     return result
 
 
-_TOLD_BEFOREHAND = {aten.ones.default: torch.ones, aten.isinf.default: torch.zeros, aten.isnan.default: torch.zeros}
+_TOLD_BEFOREHAND = {aten.ones.default: 1, aten.isinf.default: 0, aten.isnan.default: 0}
 """Masks are made of ones; what is infinite or no number is taken not to be there. The fake mode takes neither for
 known. Zeros are left out: they are where sums begin."""
 
@@ -208,16 +210,19 @@ def _with_values(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) 
     """What comes of an operator whose result can be told beforehand, with its values where they are few enough."""
     made = fake_mode.dispatch(func, types, args, kwargs)
     if made.constant is None and made.fake_device == _CPU and made.numel() <= fake_tensor.CONSTANT_NUMEL_LIMIT:
-        return known(fake_mode, _TOLD_BEFOREHAND[func](made.shape, dtype=made.dtype))
+        values = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype)
+        return known(fake_mode, values.fill_(_TOLD_BEFOREHAND[func]))
     return made
 
 
-def _forget_written_lists(fake_mode: Any, func: Any, args: Any) -> None:
+def _forget_written_lists(fake_mode: Any, func: Any, args: Any, kwargs: Any) -> None:
     """Values that were known are no longer so where they are written to by what is not; the fake mode looks at
     tensors, and not into lists of them."""
-    if all(value.constant is not None for value in tree_leaves(args) if isinstance(value, FakeTensor)):
+    given = (value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
+    if all(getattr(value, "constant", None) is not None for value in given):
         return
-    for argument, value in zip(func._schema.arguments, args, strict=False):
+    for place, argument in enumerate(func._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
         if isinstance(value, (list, tuple)) and argument.alias_info is not None and argument.alias_info.is_write:
             for tensor in value:
                 if isinstance(tensor, FakeTensor) and tensor.constant is not None:

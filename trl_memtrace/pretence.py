@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .cuda_autocast import casting_as_cuda
 from .fake_calls import known
@@ -23,7 +24,8 @@ from .fake_ranks import first_of
 from .kernels import functions, instead
 from .patching import Put, put_until
 from .pretended_cuda import pretend_cuda
-from .short_training import training_a_little, write_nothing
+from .rollout import generate_a_little
+from .short_training import precompute_a_little, training_a_little, write_nothing
 
 if TYPE_CHECKING:
     from .dryrun import DryRun
@@ -65,6 +67,7 @@ def _torch(put: Put, dry: DryRun) -> None:
     put(nn.Module, "_apply", _apply)
     put(fake_tensor, "CONSTANT_NUMEL_LIMIT", _KNOWN_VALUES)
     put(FakeTensor, "__deepcopy__", _copy)
+    put(FakeTensor, "numpy", _array)
     if dry.is_cuda:
         for module in (sys.modules["torch.utils._foreach_utils"], optimizer):
             put(module, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "cpu"])
@@ -117,14 +120,19 @@ def _apply(self: nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> n
 
 
 def _copy(self: FakeTensor, memo: dict[int, Any]) -> Any:
-    """``Tensor.__deepcopy__``. It would copy the fake mode as well, and with it weak references to storages, of which
-    each is then freed twice; and it takes a fake tensor whose values are known for a real one."""
-    memo[id(self.fake_mode)] = self.fake_mode
+    """``Tensor.__deepcopy__``, which takes a fake tensor whose values are known for a real one."""
     values, self.constant = self.constant, None
     try:
         return torch.Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]
     finally:
         self.constant = values
+
+
+def _array(self: FakeTensor, *, force: bool = False) -> Any:
+    """``Tensor.numpy``, of ones where no values are known."""
+    with _disable_current_modes():
+        values = torch.ones(self.shape, dtype=self.dtype) if self.constant is None else self.constant
+        return values.numpy(force=force)
 
 
 def on_host(batch: Any, dry: DryRun) -> Any:
@@ -134,9 +142,8 @@ def on_host(batch: Any, dry: DryRun) -> Any:
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
-        made = dry.fake_mode.from_tensor(tensor)
-        if tensor.numel() <= _KNOWN_VALUES:
-            made.constant = tensor
+        few = tensor.numel() <= _KNOWN_VALUES
+        made = known(dry.fake_mode, tensor) if few else dry.fake_mode.from_tensor(tensor)
         dry.watch.keep_on_host(made)
         return made
 
@@ -159,6 +166,7 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
     @functools.wraps(start)
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
         offload_fakes(put, dry)
+        precompute_a_little(put, type(self), dry.steps)
         start(self, *args, **kwargs)
 
     @functools.wraps(train)
@@ -177,6 +185,7 @@ def _transformers(put: Put, dry: DryRun, folder: str) -> None:
     write_nothing(put, folder)
     put(Trainer, "train", train_a_little)
     put(accelerate.Accelerator, "__init__", accelerator)
+    generate_a_little(put, dry)
 
 
 def _bitsandbytes(put: Put, dry: DryRun) -> None:

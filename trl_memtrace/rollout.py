@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+
+from .patching import Put
 
 if TYPE_CHECKING:
     import torch
@@ -22,21 +22,27 @@ _FEW = 2
 """Tokens generated at the beginning, and at the end."""
 
 
-@contextmanager
-def short_generation(dry: DryRun) -> Iterator[None]:
-    """While it lasts, ``generate`` of a model takes few steps, whatever the number of tokens, and gives as many as are
-    allowed."""
-    from transformers import GenerationMixin
+def generate_a_little(put: Put, dry: DryRun) -> None:
+    """Have ``generate`` of a model take few steps, whatever the number of tokens, and give as many as are allowed.
+    Only plain calls are shortened: from tokens, by a decoder, answered with tokens.
 
-    from .patching import put_until
+    Args:
+        put: sets an attribute, until it is put back.
+        dry: in which tokens are made.
+    """
+    from transformers import GenerationMixin
 
     original = GenerationMixin.generate
 
     @functools.wraps(original)
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        prompt = inputs if inputs is not None else kwargs.pop("input_ids")
-        mask = kwargs.pop("attention_mask", None)
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
         config = generation_config or self.generation_config
+        in_parts = config.return_dict_in_generate or kwargs.get("return_dict_in_generate") or kwargs.get("streamer")
+        if prompt is None or in_parts or getattr(self.config, "is_encoder_decoder", False):
+            return original(self, inputs, generation_config, **kwargs)
+        kwargs.pop("input_ids", None)
+        mask = kwargs.pop("attention_mask", None)
         new = kwargs.pop("max_new_tokens", None) or config.max_new_tokens
         if new is None:
             new = max((config.max_length or 0) - prompt.shape[1], 1)
@@ -65,21 +71,18 @@ def short_generation(dry: DryRun) -> Iterator[None]:
             some(whole[:, :until], full[:, :until] if full is not None else None, _FEW, cache)
         return whole
 
-    with ExitStack() as stack:
-        put_until(stack, GenerationMixin, "generate", generate)
-        yield
+    put(GenerationMixin, "generate", generate)
 
 
 def _longer(tokens: torch.Tensor, length: int, dry: DryRun) -> torch.Tensor:
     """A tensor of tokens, or of a mask, of another length; its values are known, and it is on the device."""
     import torch
 
+    from .fake_calls import known
     from .stand_ins import TOKEN
 
     with dry.outside():
-        real = torch.full((tokens.shape[0], length), TOKEN, dtype=torch.int64)
-    made = dry.fake_mode.from_tensor(real)
-    made.constant = real
+        made = known(dry.fake_mode, torch.full((tokens.shape[0], length), TOKEN, dtype=torch.int64))
     dry.watch.see(made)
     return made
 

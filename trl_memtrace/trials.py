@@ -198,13 +198,14 @@ class _Worker:
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
+        self._folder = tempfile.TemporaryDirectory(prefix="memtrace-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             self.COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "TMPDIR": self._folder.name},
             start_new_session=True,  # Ctrl-C is for whoever started the trials
         )
 
@@ -231,6 +232,7 @@ class _Worker:
         for stream in (self._process.stdin, self._process.stdout, self._said):
             with suppress(OSError):  # what was still to be written
                 stream.close()  # type: ignore[union-attr]
+        self._folder.cleanup()
 
     def _why(self) -> str:
         code = self._process.wait()
