@@ -191,8 +191,9 @@ def _carry_out(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) ->
     result = _without_false_values(fake_mode.dispatch(func, types, args, kwargs), args)
     if func in _WITHOUT_VALUES and isinstance(result, FakeTensor):
         result.constant = None
-    if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+    if func is aten._amp_foreach_non_finite_check_and_unscale_.default:  # nothing is
         args[1].constant = torch.zeros(args[1].shape, dtype=args[1].dtype)
+        fake_mode.fake_tensor_converter.add_constant_storage_mapping(args[1])
     if func is aten.topk.default and type(result[1]) is FakeTensor and result[1].constant is None:
         return result[0], _taking_turns(fake_mode, result[1], args)
     return result
