@@ -8,7 +8,6 @@ allocator's free blocks between the two, left by caches that grew by one token a
 from __future__ import annotations
 
 import copy
-import functools
 from typing import TYPE_CHECKING, Any
 
 from .patching import Put
@@ -24,17 +23,18 @@ _FEW = 2
 
 def generate_a_little(put: Put, dry: DryRun) -> None:
     """Have ``generate`` of a model take few steps, whatever the number of tokens, and give as many as are allowed.
-    Only plain calls are shortened: from tokens, by a decoder, answered with tokens.
+    Only plain calls are shortened: from tokens, by a decoder, answered with tokens. It comes before
+    ``GenerationMixin.generate``, which others may watch meanwhile, and put back.
 
     Args:
         put: sets an attribute, until it is put back.
         dry: in which tokens are made.
     """
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin, PreTrainedModel
 
-    original = GenerationMixin.generate
+    def original(*args: Any, **kwargs: Any) -> Any:
+        return GenerationMixin.generate(*args, **kwargs)
 
-    @functools.wraps(original)
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         config = generation_config or self.generation_config
@@ -71,7 +71,7 @@ def generate_a_little(put: Put, dry: DryRun) -> None:
             some(whole[:, :until], full[:, :until] if full is not None else None, _FEW, cache)
         return whole
 
-    put(GenerationMixin, "generate", generate)
+    put(PreTrainedModel, "generate", generate)
 
 
 def _longer(tokens: torch.Tensor, length: int, dry: DryRun) -> torch.Tensor:
