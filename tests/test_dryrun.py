@@ -228,14 +228,6 @@ def test_a_dry_run_is_what_was_measured_on_an_a100(number: int, monkeypatch: pyt
         assert figures[name][0] == pytest.approx(figures[name][1], rel=bound), name
 
 
-def _off(row: dict[str, str]) -> float:
-    """How far off what is reserved is, without its sign."""
-    import published
-
-    predicted, measured = published.peft(FIXTURES, row)["reserved_peak_GiB"]
-    return abs(predicted / measured - 1)
-
-
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the measurements are not here")
 def test_a_dry_run_is_what_was_measured_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama-3.2-3B in a plain loop: each method within 3% of what was reserved, half of all within 1%."""

@@ -130,9 +130,9 @@ def estimate(
         ValueError: no such kind, or lengths that are none.
     """
     check(kind, lengths)
-    with ExitStack() as stack:
-        made = Estimate(stack.enter_context(dry_run(device, steps=steps, ranks=ranks)))
-        run_command(kind, flags, made.dry, lengths, made)
+    with dry_run(device, steps=steps, ranks=ranks) as dry:
+        made = Estimate(dry)
+        run_command(kind, flags, dry, lengths, made)
     return made
 
 

@@ -219,16 +219,22 @@ def _with_values(fake_mode: Any, func: Any, types: Any, args: Any, kwargs: Any) 
 def _forget_written_lists(fake_mode: Any, func: Any, args: Any, kwargs: Any) -> None:
     """Values that were known are no longer so where they are written to by what is not; the fake mode looks at
     tensors, and not into lists of them."""
-    given = (value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor))
-    if all(getattr(value, "constant", None) is not None for value in given):
-        return
-    for place, argument in enumerate(func._schema.arguments):
-        value = args[place] if place < len(args) else kwargs.get(argument.name)
-        if isinstance(value, (list, tuple)) and argument.alias_info is not None and argument.alias_info.is_write:
-            for tensor in value:
-                if isinstance(tensor, FakeTensor) and tensor.constant is not None:
-                    fake_mode.fake_tensor_converter.invalidate_constant_aliases(tensor.constant)
-                    tensor.constant = None
+    given = {**dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)), **kwargs}
+    written = (given.get(argument.name) for argument in func._schema.arguments if _is_written_to(argument))
+    listed = tree_leaves([value for value in written if isinstance(value, (list, tuple))])
+    overwritten = [tensor for tensor in listed if _has_values(tensor)]
+    if overwritten and not all(_has_values(value) for value in tree_leaves(given) if isinstance(value, torch.Tensor)):
+        for tensor in overwritten:
+            fake_mode.fake_tensor_converter.invalidate_constant_aliases(tensor.constant)
+            tensor.constant = None
+
+
+def _is_written_to(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _has_values(tensor: Any) -> bool:
+    return getattr(tensor, "constant", None) is not None
 
 
 def _grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .attribution import Books
 from .categories import CATEGORIES, CATEGORY_CODE, Category
-from .ledger import BoolArray
+from .ledger import BoolArray, Int64Array
 from .records import Growth
 
 FOLLOWED_STEPS = 8
@@ -212,7 +212,7 @@ _PASSING = Category.INPUTS
 def rise_of(books: Books) -> dict[tuple[str, str], int]:
     """By how much more a recording ends with than it began with, by module and category; batches are left out."""
     at_end, at_begin = books.ledger.alive(len(books.ledger.level) - 1), books.ledger.alive(0)
-    return _table(books, at_end, at_begin)
+    return _table(books, at_end.astype(np.int64) - at_begin)
 
 
 def follow(books: Books, ends: Sequence[int]) -> tuple[list[dict[tuple[str, str], int]], list[int]]:
@@ -236,13 +236,11 @@ def follow(books: Books, ends: Sequence[int]) -> tuple[list[dict[tuple[str, str]
     return survivors, levels
 
 
-def _table(books: Books, blocks: BoolArray, without: BoolArray | None = None) -> dict[tuple[str, str], int]:
-    """Bytes of some blocks by module and category, less those of some others."""
-    signs = blocks.astype(np.int64) if without is None else blocks.astype(np.int64) - without
-    signs[books.category == CATEGORY_CODE[_PASSING]] = 0
-    kept = np.flatnonzero(signs)
+def _table(books: Books, times: BoolArray | Int64Array) -> dict[tuple[str, str], int]:
+    """Bytes by module and category, where each block counts so many times; batches are left out."""
+    kept = np.flatnonzero(times * (books.category != CATEGORY_CODE[_PASSING]))
     codes = books.module[kept] * len(CATEGORIES) + books.category[kept]
-    totals = np.bincount(codes, signs[kept] * books.ledger.size[kept], minlength=1)
+    totals = np.bincount(codes, times[kept] * books.ledger.size[kept], minlength=1)
     table = {}
     for code in np.flatnonzero(totals):
         module, category = divmod(int(code), len(CATEGORIES))

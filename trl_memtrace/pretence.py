@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .cuda_autocast import casting_as_cuda
 from .fake_calls import known
@@ -67,13 +66,20 @@ def _torch(put: Put, dry: DryRun) -> None:
     put(nn.Module, "_apply", _apply)
     put(fake_tensor, "CONSTANT_NUMEL_LIMIT", _KNOWN_VALUES)
     put(FakeTensor, "__deepcopy__", _copy)
-    put(FakeTensor, "numpy", _array)
     if dry.is_cuda:
         for module in (sys.modules["torch.utils._foreach_utils"], optimizer):
             put(module, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "cpu"])
         put(optimizer, "_foreach_supported_types", [*optimizer._foreach_supported_types, FakeTensor])
         for owner, name, other in functions(dry.capability):
             put(owner, name, instead(getattr(owner, name), other))
+
+    def numpy(self: FakeTensor, *, force: bool = False) -> Any:
+        """Of ones, where no values are known."""
+        with dry.outside():
+            values = torch.ones(self.shape, dtype=self.dtype) if self.constant is None else self.constant
+            return values.numpy(force=force)
+
+    put(FakeTensor, "numpy", numpy)
     one_hot = nn.functional.one_hot
 
     def one_hot_of_known(tensor: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
@@ -126,13 +132,6 @@ def _copy(self: FakeTensor, memo: dict[int, Any]) -> Any:
         return torch.Tensor.__deepcopy__(self, memo)  # type: ignore[no-untyped-call]
     finally:
         self.constant = values
-
-
-def _array(self: FakeTensor, *, force: bool = False) -> Any:
-    """``Tensor.numpy``, of ones where no values are known."""
-    with _disable_current_modes():
-        values = torch.ones(self.shape, dtype=self.dtype) if self.constant is None else self.constant
-        return values.numpy(force=force)
 
 
 def on_host(batch: Any, dry: DryRun) -> Any:

@@ -32,15 +32,12 @@ def generate_a_little(put: Put, dry: DryRun) -> None:
     """
     from transformers import GenerationMixin, PreTrainedModel
 
-    def original(*args: Any, **kwargs: Any) -> Any:
-        return GenerationMixin.generate(*args, **kwargs)
-
     def generate(self: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         config = generation_config or self.generation_config
         in_parts = config.return_dict_in_generate or kwargs.get("return_dict_in_generate") or kwargs.get("streamer")
         if prompt is None or in_parts or getattr(self.config, "is_encoder_decoder", False):
-            return original(self, inputs, generation_config, **kwargs)
+            return GenerationMixin.generate(self, inputs, generation_config, **kwargs)
         kwargs.pop("input_ids", None)
         mask = kwargs.pop("attention_mask", None)
         new = kwargs.pop("max_new_tokens", None) or config.max_new_tokens
@@ -50,7 +47,7 @@ def generate_a_little(put: Put, dry: DryRun) -> None:
         def some(tokens: Any, attention: Any, count: int, cache: Any = None) -> Any:
             short = copy.deepcopy(config)
             short.max_new_tokens, short.min_new_tokens, short.return_dict_in_generate = count, count, True
-            return original(
+            return GenerationMixin.generate(
                 self,
                 tokens,
                 generation_config=short,
