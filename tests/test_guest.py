@@ -18,11 +18,6 @@ from trl_memtrace import MemoryTracer, MemTrace, MemtraceWarning, RunTrace, Trac
 from trl_memtrace.recorders import cpu
 
 
-def batch(length: int, rows: int = 2) -> dict[str, torch.Tensor]:
-    ids = torch.randint(2, tiny.VOCABULARY, (rows, length))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
 def peak_of(work, model, optimizer, policy=None, steps=((),)):
     tracer = MemoryTracer(model, optimizer, policy=policy)
     for arguments in steps:
@@ -49,7 +44,7 @@ def test_the_model_can_be_copied_and_pickled_while_it_is_watched(tmp_path, event
     trainer.add_callback(Copies())
     trainer.train()
     assert len(tiny.losses(trainer)) == 3
-    copies[-1](**batch(8)).loss.backward()
+    copies[-1](**tiny.batch(8)).loss.backward()
     assert_nothing_is_left(trainer)
 
 
@@ -69,7 +64,7 @@ def test_compiled_models_are_not_compiled_again_because_of_us(compile_it):
         else:
             called = torch.compile(model, backend=counter)
         tracer = MemoryTracer(called) if traced else None
-        inputs = batch(16)
+        inputs = tiny.batch(16)
         for _ in range(4):
             if tracer is None:
                 called(**inputs).loss.backward()
@@ -149,7 +144,7 @@ def test_a_larger_second_forward_is_traced_whole_in_the_next_step():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     def step(first: int, second: int) -> None:
-        (model(**batch(first)).loss + model(**batch(second)).loss).backward()
+        (model(**tiny.batch(first)).loss + model(**tiny.batch(second)).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -207,14 +202,14 @@ def test_ctrl_c_inside_the_recorder_leaves_nothing(monkeypatch, name, after):
     tracer = MemoryTracer(model)
     monkeypatch.setattr(cpu, name, interrupted)
     with pytest.raises(KeyboardInterrupt), tracer.step():
-        model(**batch(8)).loss.backward()
+        model(**tiny.batch(8)).loss.backward()
     monkeypatch.undo()
     assert not torch.autograd._profiler_enabled()
     assert not any(module._forward_hooks for module in model.modules())
     assert not cpu._one_at_a_time.locked()
     assert cpu._cpp_log_level() is None or cpu._cpp_log_level().value == 1
     with tracer.step():
-        model(**batch(8)).loss.backward()
+        model(**tiny.batch(8)).loss.backward()
     tracer.close()
     assert tracer.run.steps[-1].traced
 
@@ -301,10 +296,10 @@ def test_a_profiler_in_another_thread_waits_for_our_step(tmp_path: Path):
 
     thread = threading.Thread(target=profile)
     with tracer.step():
-        model(**batch(8)).loss.backward()
+        model(**tiny.batch(8)).loss.backward()
         thread.start()
         thread.join(0.5)
-        model(**batch(8)).loss.backward()
+        model(**tiny.batch(8)).loss.backward()
     thread.join()
     tracer.close()
     assert counted[0] > 0

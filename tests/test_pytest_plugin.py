@@ -98,6 +98,22 @@ def test_the_worst_step_of_all_tracers_counts(pytester: pytest.Pytester) -> None
     assert outcome(pytester, body.replace("train(512)", "train(16)"))[0] == {"passed": 1}
 
 
+def test_the_last_step_of_a_tracer_that_is_never_closed_counts(pytester: pytest.Pytester) -> None:
+    body = f"""
+@pytest.mark.memtrace_limit({peak_of_training(64)})
+def test_it():
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1))
+    tracer = MemoryTracer(model)
+    for rows in (8, 96):
+        with tracer.step():
+            model(torch.zeros(rows, 256)).sum().backward()
+            model.zero_grad()
+"""
+    outcomes, shown = outcome(pytester, body)
+    assert outcomes == {"failed": 1}
+    assert "step 2 held" in shown
+
+
 def test_the_marker_of_the_test_itself_is_the_one_that_counts(pytester: pytest.Pytester) -> None:
     body = """
 @pytest.mark.memtrace_limit("1 KiB")

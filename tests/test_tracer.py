@@ -14,12 +14,6 @@ from torch import nn
 from trl_memtrace import MemoryTracer, MemtraceWarning, TracePolicy
 
 
-def batch(rows: int = 2, length: int = 24) -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    ids = torch.randint(2, tiny.VOCABULARY, (rows, length))
-    return {"input_ids": ids, "labels": ids.clone()}
-
-
 def train_step(model, optimizer, inputs) -> torch.Tensor:
     loss = model(**inputs).loss
     loss.backward()
@@ -58,7 +52,7 @@ def profiled_rise(step) -> int:
 def test_the_peak_is_that_of_a_full_profiler_to_the_byte(kind, foreach):
     model = tiny.model(kind)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
-    inputs = batch()
+    inputs = tiny.batch()
     train_step(model, optimizer, inputs)
     expected = standing(model, optimizer, inputs) + profiled_rise(lambda: train_step(model, optimizer, inputs))
     tracer = MemoryTracer(model, optimizer)
@@ -71,7 +65,7 @@ def test_the_peak_is_that_of_a_full_profiler_to_the_byte(kind, foreach):
 def test_gradients_that_a_step_inherits_and_frees_are_counted_until_then():
     model = tiny.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    inputs = batch()
+    inputs = tiny.batch()
     total = bytes_of(model.parameters())
     train_step(model, optimizer, inputs)
     model(**inputs).loss.backward()  # outside every recording: the allocator will be silent when these are freed
@@ -99,7 +93,7 @@ def test_addresses_that_a_gap_between_traced_steps_gave_away_do_not_confuse_the_
     peaks = []
     for number in range(9):
         with tracer.step():
-            train_step(model, optimizer, batch(length=16 + 8 * (number % 3)))
+            train_step(model, optimizer, tiny.batch(length=16 + 8 * (number % 3)))
             kept.append(torch.empty(1000 + number))
             if len(kept) > 2:
                 kept.pop(0)
@@ -118,7 +112,7 @@ def test_tied_weights_count_once():
     assert model.lm_head.weight is model.model.embed_tokens.weight
     tracer = MemoryTracer(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with tracer.step():
-        model(**batch()).loss.backward()
+        model(**tiny.batch()).loss.backward()
     tracer.close()
     expected = bytes_of([*model.parameters()])
     assert tracer.run.peak.roles["weights/trainable"] == expected
@@ -139,7 +133,7 @@ def test_an_optimizer_inside_the_backward():
         parameter.register_post_accumulate_grad_hook(step_at_once)
     tracer = MemoryTracer(model)
     with tracer.step():
-        model(**batch()).loss.backward()
+        model(**tiny.batch()).loss.backward()
     tracer.close()
     step = tracer.run.steps[0]
     assert all(len(parameter._post_accumulate_grad_hooks) == 1 for parameter in model.parameters())
@@ -157,10 +151,10 @@ def test_losses_are_bit_for_bit_the_same():
         found = []
         for _ in range(4):
             if tracer is None:
-                found.append(train_step(model, optimizer, batch()).item())
+                found.append(train_step(model, optimizer, tiny.batch()).item())
             else:
                 with tracer.step():
-                    found.append(train_step(model, optimizer, batch()).item())
+                    found.append(train_step(model, optimizer, tiny.batch()).item())
         if tracer is not None:
             tracer.close()
         return found
@@ -172,12 +166,12 @@ def test_an_exception_passes_through_and_leaves_nothing():
     model = tiny.model()
     tracer = MemoryTracer(model)
     with pytest.raises(ZeroDivisionError), tracer.step():
-        model(**batch())
+        model(**tiny.batch())
         raise ZeroDivisionError
     assert not torch.autograd._profiler_enabled()
     assert not any(module._forward_hooks for module in model.modules())
     with tracer.step():
-        model(**batch()).loss.backward()
+        model(**tiny.batch()).loss.backward()
     tracer.close()
     assert [step.traced for step in tracer.run] == [True]
 
@@ -190,12 +184,12 @@ def test_it_steps_aside_for_a_profiler_that_is_running_already():
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             for _ in range(2):
                 with tracer.step():
-                    model(**batch()).loss.backward()
+                    model(**tiny.batch()).loss.backward()
     assert [step.traced for step in tracer.run] == [False, False]
     assert sum(issubclass(warning.category, MemtraceWarning) for warning in caught) == 1
     assert any(event.key == "aten::mm" for event in profiler.key_averages())
     with tracer.step():
-        model(**batch()).loss.backward()
+        model(**tiny.batch()).loss.backward()
     tracer.close()
     assert tracer.run.steps[-1].traced
 
@@ -204,12 +198,12 @@ def test_it_gives_way_to_a_profiler_that_starts_in_the_middle_of_a_step():
     model = tiny.model()
     tracer = MemoryTracer(model)
     with pytest.warns(MemtraceWarning, match="stands aside"), tracer.step():
-        output = model(**batch())
+        output = model(**tiny.batch())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             output.loss.backward()
     assert any("mm" in event.key for event in profiler.key_averages())
     with tracer.step():
-        model(**batch()).loss.backward()
+        model(**tiny.batch()).loss.backward()
     tracer.close()
     assert [step.traced for step in tracer.run] == [False, True]
 
@@ -231,10 +225,10 @@ def test_a_scheduled_profiler_is_never_broken(started_before):
             tracer = tracer or MemoryTracer(model)
             for _ in range(7):
                 with tracer.step():
-                    model(**batch()).loss.backward()
+                    model(**tiny.batch()).loss.backward()
                 profiler.step()
         with tracer.step():
-            model(**batch()).loss.backward()
+            model(**tiny.batch()).loss.backward()
     tracer.close()
     assert len(finished) == 2
     assert all(count > 100 for count in finished)
@@ -250,7 +244,7 @@ def test_two_tracers_in_two_threads_see_their_own_steps():
         tracer = tracers[name] = MemoryTracer(model, torch.optim.SGD(model.parameters(), lr=0.1))
         for _ in range(3):
             with tracer.step():
-                model(**batch()).loss.backward()
+                model(**tiny.batch()).loss.backward()
         tracer.close()
 
     threads = [threading.Thread(target=work, args=(kind, kind)) for kind in ("llama", "phi3")]

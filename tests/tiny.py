@@ -89,6 +89,12 @@ def model(kind: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
 
 
+def batch(length: int = 24, rows: int = 2) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    ids = torch.randint(2, VOCABULARY, (rows, length))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
 def quantized(kind: str, bits: int, folder: Path) -> PreTrainedModel:
     model(kind).save_pretrained(folder)
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
