@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trl_memtrace import MemoryTracer, MemTrace, MemtraceWarning, RunTrace, TracePolicy
+from trl_memtrace import tracer as tracer_module
 from trl_memtrace.growth import FOLLOWED_STEPS, GrowthWatch
 from trl_memtrace.records import Growth
 
@@ -186,6 +187,21 @@ def test_steps_that_were_followed_together_have_records_of_their_own():
     kept = [record.phases["idle"].end_bytes for record in loop.heard if record.traced and record.step in together]
     rises = [after - before for before, after in pairwise(kept)]
     assert min(rises) > 0
+
+
+def test_books_that_fail_as_a_run_ends_while_steps_are_followed_do_not_fail_the_run(monkeypatch):
+    loop = Loop(keeps_graph)
+    tracer = MemoryTracer(loop.model, loop.optimizer, on_record=lambda record: None)
+    for _ in range(4):
+        with tracer.step():
+            losses = loop.model(torch.randint(0, 50, (4, 16)))
+            loop.leak(loop, 0, losses)
+            losses.mean().backward()
+    monkeypatch.setattr(tracer_module, "keep_books", lambda *args, **kwargs: 1 / 0)
+    with pytest.warns(MemtraceWarning, match="switched itself off, training goes on: ZeroDivisionError"):
+        tracer.close()
+    assert not any(module._forward_hooks for module in loop.model.modules())
+    assert not torch.autograd._profiler_enabled()
 
 
 def test_every_step_wanted_is_every_step_traced_and_a_run_may_end_while_steps_are_followed():

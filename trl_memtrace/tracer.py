@@ -335,6 +335,10 @@ class MemoryTracer:
             return
         if not self._began:
             self._end_following()
+        if not self._closed:  # as it is where that has failed
+            self._let_go()
+
+    def _let_go(self) -> None:
         self.abandon_step()
         self._closed = True
         generate_watch.remove(self._generates)
