@@ -128,9 +128,11 @@ class Owners:
             yield from self._rows(time_ns, tensor, number)
         gathered = self._shared(time_ns)
         for parameter in self._parameters:
-            rows = self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
-            self._standing.update(row[1] for row, _ in rows)
-            yield from (found for found in rows if found[0][1] not in gathered)
+            for found in self._weight(time_ns, parameter):
+                address = found[0][1]
+                self._standing.add(address)
+                if address not in gathered:
+                    yield found
         yield from self._held(time_ns, Category.WEIGHTS)
 
     def moved_weights(self, time_ns: int) -> Iterator[Found]:
@@ -139,14 +141,17 @@ class Owners:
         known = self._standing.union(self._shared(time_ns))
         for parameter in self._parameters:
             if parameter.requires_grad:
-                rows = self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
-                yield from (found for found in rows if found[0][1] not in known)
+                for found in self._weight(time_ns, parameter):
+                    if found[0][1] not in known:
+                        yield found
 
     def gradients(self, time_ns: int) -> Iterator[Found]:
         """The ``.grad`` of every parameter that has one."""
         buckets = self._shared(time_ns)
         for parameter in self._parameters:
-            yield from (found for found in self.gradient(time_ns, parameter) if found[0][1] not in buckets)
+            for found in self.gradient(time_ns, parameter):
+                if found[0][1] not in buckets:
+                    yield found
         yield from self._held(time_ns, Category.GRADIENTS)
 
     def used_up_in_backward(self) -> Iterator[nn.Parameter]:
@@ -155,11 +160,12 @@ class Owners:
             if getattr(parameter, "_post_accumulate_grad_hooks", None):
                 yield parameter
 
-    def gradient(self, time_ns: int, parameter: nn.Parameter) -> Iterator[Found]:
+    def gradient(self, time_ns: int, parameter: nn.Parameter) -> list[Found]:
         """The ``.grad`` of one parameter."""
         gradient = parameter.grad if parameter.is_leaf else None
-        if gradient is not None:
-            yield from self._rows(time_ns, gradient, self._owner_of(Category.GRADIENTS, parameter))
+        if gradient is None:
+            return []
+        return self._rows(time_ns, gradient, self._owner_of(Category.GRADIENTS, parameter))
 
     def optimizer_states(self, time_ns: int) -> Iterator[Found]:
         """What ``optimizer.state`` holds, by the name of each state, and tensors among the hyperparameters."""
@@ -228,6 +234,9 @@ class Owners:
                 if size := storage.nbytes():
                     found.append(((time_ns, self._address_of(storage), size, number), storage))
         return found
+
+    def _weight(self, time_ns: int, parameter: nn.Parameter) -> list[Found]:
+        return self._rows(time_ns, local_tensor(parameter), self._owner_of(Category.WEIGHTS, parameter))
 
     def _shared(self, time_ns: int) -> set[int]:
         """The addresses of what is communication although parameters or gradients are views of it just now."""

@@ -219,16 +219,12 @@ class CpuRecorder(Recorder):
         if not self._running() or not _profiler_enabled():
             self.abandon()
             return None
-        collecting = gc.isenabled()
-        gc.disable()  # thousands of small objects in one go would only set it off
         try:
             result = _disable_profiler()
             rows = _allocations(result.experimental_event_tree(), mixed=torch.accelerator.is_available())
             ended = self._ended
         finally:
             self.abandon()
-            if collecting:
-                gc.enable()
         return _recording(rows, ended)
 
     def abandon(self) -> None:
