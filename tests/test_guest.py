@@ -4,6 +4,7 @@ go."""
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import warnings
 from pathlib import Path
@@ -207,11 +208,47 @@ def test_ctrl_c_inside_the_recorder_leaves_nothing(monkeypatch, name, after):
     assert not torch.autograd._profiler_enabled()
     assert not any(module._forward_hooks for module in model.modules())
     assert not cpu._one_at_a_time.locked()
+    assert gc.isenabled()
     assert cpu._cpp_log_level() is None or cpu._cpp_log_level().value == 1
     with tracer.step():
         model(**tiny.batch(8)).loss.backward()
     tracer.close()
     assert tracer.run.steps[-1].traced
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_collected_while_training_waits(collecting):
+    model = tiny.model()
+    tracer = MemoryTracer(model)
+    inputs = tiny.batch(8)
+    collections = []
+
+    def collects(phase, info):
+        collections.append(phase)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collects)
+    gc.set_threshold(10)
+    if not collecting:
+        gc.disable()
+    try:
+        waited = []
+        for _ in range(2):
+            before = len(collections)
+            tracer.begin_step()
+            waited.append(len(collections) - before)
+            model(**inputs).loss.backward()
+            before = len(collections)
+            tracer.end_step()
+            waited.append(len(collections) - before)
+            assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collects)
+    tracer.close()
+    assert bool(collections) == collecting
+    assert max(waited) <= 4  # what is outside: a start and a stop of one collection at either end
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin"])

@@ -571,8 +571,8 @@ class MemoryTracer:
     def _timed(self) -> Iterator[None]:
         """Time that the training waits for us; thousands of small objects in one go do not set the collector off."""
         began, collecting = time.perf_counter(), gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             yield
         finally:
             if collecting:
