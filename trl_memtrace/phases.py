@@ -29,21 +29,9 @@ OTHER_MODELS_ROLE = "logits"
 """What outlives the forward of a model that is only used: its answer."""
 
 
-class _OfOneModel:
+class Hook:
     """A hook that belongs to the model it was put on: a copy of that model, or its pickle, has one that does
     nothing."""
-
-    __slots__ = ()
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return does_nothing
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return _nothing, ()
-
-
-class Hook(_OfOneModel):
-    """A hook that calls something."""
 
     __slots__ = ("call",)
 
@@ -52,6 +40,12 @@ class Hook(_OfOneModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return does_nothing
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _nothing, ()
 
 
 def does_nothing(*args: Any, **kwargs: Any) -> None:
@@ -311,32 +305,35 @@ class PhaseWatch:
 
     def _hook_module(self, number: int, name: str, module: nn.Module) -> None:
         self._names.append(name)
-        enter, is_root = _Enter(self, number), module is self._model
+        stack, times, modules, clock = self._stack, self._module_ns, self._modules, self._clock
+        is_root = module is self._model
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            if not stack and not self._backward_depth:
+                self._enter_forward()
+                if is_root and not self._generate_depth:
+                    self._on_inputs((args, kwargs))
+            stack.append(number)
+            times.append(clock())
+            modules.append(number)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if torch.compiler.is_compiling() or number not in stack:
+                return
+            self._look()
+            while stack.pop() != number:  # modules whose own end was lost to an exception
+                pass
+            times.append(clock())
+            modules.append(stack[-1] if stack else NO_MODULE)
+            if not stack and not self._backward_depth and self._outer is None:
+                self._enter(Phase.LOSS)
+
         if is_root:
             self.enter_root = enter
-        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=is_root, prepend=is_root))
-        self._handles.append(module.register_forward_hook(_Leave(self, number), always_call=True))
-
-    def _module_begins(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._stack and not self._backward_depth:
-            self._enter_forward()
-            if module is self._model and not self._generate_depth:
-                self._on_inputs((args, kwargs))
-        self._stack.append(number)
-        self._module_ns.append(self._clock())
-        self._modules.append(number)
-
-    def _module_ends(self, number: int) -> None:
-        stack = self._stack
-        if number not in stack:
-            return
-        self._look()
-        while stack.pop() != number:  # modules whose own end was lost to an exception
-            pass
-        self._module_ns.append(self._clock())
-        self._modules.append(stack[-1] if stack else NO_MODULE)
-        if not stack and not self._backward_depth and self._outer is None:
-            self._enter(Phase.LOSS)
+        self._handles.append(module.register_forward_pre_hook(Hook(enter), with_kwargs=True, prepend=is_root))
+        self._handles.append(module.register_forward_hook(Hook(leave), always_call=True))
 
     def _look(self) -> None:
         """See the exception that is passing through, if one is."""
@@ -416,29 +413,3 @@ class PhaseWatch:
             self._optimizer_depth = 0
             self._resting = Phase.IDLE
             self._enter(Phase.IDLE)
-
-
-class _ModuleHook(_OfOneModel):
-    """A hook on one module. There are two for each, so they are small: what a step makes sets off the collector."""
-
-    __slots__ = ("_number", "_watch")
-
-    def __init__(self, watch: PhaseWatch, number: int) -> None:
-        self._watch = watch
-        self._number = number
-
-
-class _Enter(_ModuleHook):
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
-        if not torch.compiler.is_compiling():
-            self._watch._module_begins(self._number, module, args, kwargs)
-
-
-class _Leave(_ModuleHook):
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._watch._module_ends(self._number)
